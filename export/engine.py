@@ -1,0 +1,268 @@
+"""The one run-time interface: a bundle through torch, an ONNX file through ONNX Runtime, a plan through TensorRT.
+
+`open_engine` either gives an engine that runs where it was asked to, or raises `UsageError` with one line; it never
+falls back silently.  Nothing heavy is imported before it is known to be needed: torch only for a bundle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from export.files import file_sha256
+from export.gpu import gpus
+from export.manifest import METADATA_KEY, Manifest, parse_manifest
+from pipeline.errors import UsageError
+
+Provider = Literal["auto", "cpu", "cuda", "tensorrt"]
+Kind = Literal["torch", "onnxruntime", "tensorrt"]
+
+PLAN_SUFFIXES = (".plan", ".engine", ".trt")
+_ORT_PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+_TAIL = 1 << 20
+_ORT_TYPES = {"tensor(uint8)": "uint8", "tensor(float)": "float32", "tensor(int64)": "int64"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineInfo:
+    """What an engine is, for results that name it and for whoever prepares its images."""
+
+    path: str
+    sha256: str
+    """Of the file, or of a bundle's weights and description."""
+    kind: Kind
+    provider: str
+    """Where it runs: `cpu`, `cuda`, `tensorrt`."""
+    input_size: int
+    mask_size: int
+    geometry: Literal["squash", "crop"]
+    class_names: list[str]
+    mean: tuple[float, float, float]
+    """For information: engines take bytes and normalise inside."""
+    std: tuple[float, float, float]
+    precision: str
+    max_batch: int | None
+    """The largest batch that runs in one go; larger ones are cut up. None: no limit."""
+    bundle_sha256: str
+    manifest: dict[str, Any]
+    """The manifest's fields; empty for a bundle."""
+
+
+class Engine(Protocol):
+    """A loaded engine.  One thread at a time may use it."""
+
+    info: EngineInfo
+
+    def infer(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """``images``: (N, S, S, 3) uint8 RGB, fitted to the input by ``info.geometry``.
+
+        Returns logits (N, C) float32 and masks (N, h, w) float32 in [0, 1].
+        """
+        ...
+
+    def outputs(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """Every output of the graph by name, as it is."""
+        ...
+
+
+def open_engine(path: str | Path, *, provider: Provider = "auto", threads: int | None = None) -> Engine:
+    """Open a bundle folder, an ``.onnx`` file or a ``.plan`` file.
+
+    ``provider``: where it has to run; ``auto`` takes a GPU where there is one.  ``threads``: CPU threads of one
+    inference (default: ``OMP_NUM_THREADS``, else as many as this process may use).
+
+    Raises:
+        UsageError: no engine, a damaged or foreign one, or one that does not fit this machine.
+    """
+    path = Path(path)
+    if provider not in ("auto", *_ORT_PROVIDERS):
+        raise UsageError(f"provider {provider!r}: use auto, cpu, cuda or tensorrt")
+    if not path.exists():
+        raise UsageError(f"{path}: no such engine; give a bundle folder, an .onnx file or a .plan file")
+    if path.is_dir():
+        from export.torch_engine import TorchEngine
+
+        return TorchEngine(path, device=torch_device(provider), threads=threads)
+    if path.suffix == ".onnx":
+        return OnnxEngine(path, provider=provider, threads=threads or default_threads())
+    if path.suffix in PLAN_SUFFIXES:
+        from export.plan_engine import PlanEngine
+
+        if provider not in ("auto", "tensorrt"):
+            raise UsageError(f"{path} is a TensorRT plan and cannot run on the provider {provider}; use auto")
+        return PlanEngine(path)
+    raise UsageError(f"{path}: unknown kind of engine; give a bundle folder, an .onnx file or a .plan file")
+
+
+def torch_device(provider: Provider) -> str:
+    """The torch device of a provider.
+
+    Raises:
+        UsageError: torch does not run there.
+    """
+    if provider == "tensorrt":
+        raise UsageError("a bundle runs in torch; build an engine for TensorRT with 'python -m export.trt'")
+    if provider == "cuda" and not gpus():
+        raise UsageError("the provider cuda was asked for, but this machine shows no NVIDIA GPU; use cpu or auto")
+    return "cuda" if gpus() and provider != "cpu" else "cpu"
+
+
+def default_threads() -> int:
+    """CPU threads that this process may use: ``OMP_NUM_THREADS`` (which Ray sets for its actors), else its cores."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    if wanted.isdigit() and int(wanted) > 0:
+        return int(wanted)
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def checked(images: np.ndarray, info: EngineInfo) -> np.ndarray:
+    """``images`` as a contiguous array, after making sure that the graph takes them."""
+    side: Sequence[int | str] = [info.input_size] * 2
+    if info.manifest:
+        side = info.manifest["inputs"][0]["shape"][1:3]
+    fits = images.ndim == 4 and images.shape[3] == 3 and images.dtype == np.uint8
+    if not fits or any(isinstance(s, int) and s != n for s, n in zip(side, images.shape[1:3], strict=True)):
+        raise ValueError(
+            f"an engine takes uint8 images (N, {side[0]}, {side[1]}, 3), not {images.dtype} {images.shape}; "
+            "fit them with pipeline.data.geometry.fit"
+        )
+    return np.ascontiguousarray(images)
+
+
+def as_soft_mask(mask: np.ndarray) -> np.ndarray:
+    """A mask output as float32 in [0, 1], whether the graph gives floats or bytes."""
+    return mask.astype(np.float32) / 255 if mask.dtype == np.uint8 else mask.astype(np.float32, copy=False)
+
+
+class OnnxEngine:
+    """An exported ONNX file in ONNX Runtime."""
+
+    def __init__(self, path: Path, *, provider: Provider, threads: int, data: bytes | None = None) -> None:
+        """``data``: the file's bytes where they are at hand, or not written yet."""
+        self._session, used = _session(path, provider, threads, data)
+        manifest = _onnx_manifest(self._session, path)
+        _check_ports(self._session, manifest, path)
+        sha256 = file_sha256(path) if data is None else hashlib.sha256(data).hexdigest()
+        self.info = info_of(manifest, path=path, sha256=sha256, kind="onnxruntime", provider=used)
+        self._names = [port.name for port in manifest.outputs]
+
+    def infer(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See `Engine.infer`."""
+        logits, mask = self._session.run(["logits", "mask"], {"image": checked(images, self.info)})
+        return np.asarray(logits), as_soft_mask(np.asarray(mask))
+
+    def outputs(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """See `Engine.outputs`."""
+        found = self._session.run(self._names, {"image": checked(images, self.info)})
+        return {name: np.asarray(value) for name, value in zip(self._names, found, strict=True)}
+
+
+def info_of(
+    manifest: Manifest, *, path: Path, sha256: str, kind: Kind, provider: str, max_batch: int | None = None
+) -> EngineInfo:
+    """The description of an engine that has a manifest."""
+    return EngineInfo(
+        path=str(path),
+        sha256=sha256,
+        kind=kind,
+        provider=provider,
+        input_size=manifest.input_size,
+        mask_size=manifest.mask_size,
+        geometry=manifest.geometry,
+        class_names=manifest.class_names,
+        mean=manifest.mean,
+        std=manifest.std,
+        precision=manifest.precision,
+        max_batch=max_batch,
+        bundle_sha256=manifest.bundle_sha256,
+        manifest=manifest.model_dump(),
+    )
+
+
+def _session(path: Path, provider: Provider, threads: int, data: bytes | None) -> tuple[Any, str]:
+    """An ONNX Runtime session on the wanted provider, and the provider's short name."""
+    import onnxruntime
+
+    wanted = ("cuda" if gpus() else "cpu") if provider == "auto" else provider
+    if wanted != "cpu" and not gpus():
+        raise UsageError(f"the provider {wanted} was asked for, but this machine shows no NVIDIA GPU; use cpu or auto")
+    if wanted != "cpu" and _ORT_PROVIDERS[wanted] not in onnxruntime.get_available_providers():
+        raise UsageError(f"this ONNX Runtime has no provider {wanted}; install onnxruntime-gpu, or use cpu")
+    if wanted != "cpu":
+        onnxruntime.preload_dlls()  # CUDA's libraries come with torch's wheels and are not on the search path
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # Threads that spin while they wait take the cores away from decoding: 3 times slower beside one busy process.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if precision_of(path, data) == "fp8":  # its optimiser takes fp8 for int8 when it fuses: other masks, and no error
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    chain = {"cpu": ["cpu"], "cuda": ["cuda", "cpu"], "tensorrt": ["tensorrt", "cuda", "cpu"]}[wanted]
+    try:
+        session = onnxruntime.InferenceSession(
+            str(path) if data is None else data, options, providers=[_ORT_PROVIDERS[name] for name in chain]
+        )
+    except Exception as error:  # ONNX Runtime's exceptions have no public base but Exception
+        reason = " ".join(str(error).split())[:200]
+        if wanted == "cpu" and precision_of(path, data) == "bf16":
+            raise UsageError(
+                f"{path} is bf16, for which ONNX Runtime has kernels on a GPU only; run the fp32 or the int8-cpu graph "
+                "here ('python -m export.parity' judges this one by emulation)"
+            ) from error
+        raise UsageError(
+            f"{path}: ONNX Runtime cannot load it ({reason}); it is damaged or needs another provider: "
+            "export it again with 'python -m export.onnx', or ask 'python -m export.doctor'"
+        ) from error
+    used = session.get_providers()[0]
+    if used != _ORT_PROVIDERS[wanted]:
+        raise UsageError(
+            f"{path}: the provider {wanted} was asked for, but ONNX Runtime chose {used} (its libraries are missing or "
+            "of another version; it says which on stderr); install them, or use cpu"
+        )
+    return session, wanted
+
+
+def precision_of(path: Path, data: bytes | None = None) -> str | None:
+    """The precision that an ONNX file's manifest states, asked before anything parses the file: it stands at the end."""
+    if data is None:
+        with path.open("rb") as file:
+            file.seek(max(path.stat().st_size - _TAIL, 0))
+            data = file.read()
+    found = re.search(rb'"precision":"(\w+)"', data[-_TAIL:])
+    return found[1].decode() if found else None
+
+
+def _onnx_manifest(session: Any, path: Path) -> Manifest:
+    remedy = f"export it with 'python -m export.onnx --model BUNDLE --out {path}'"
+    text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+    if text is None:
+        raise UsageError(f"{path} is an ONNX file of something else (no {METADATA_KEY!r} in its metadata); {remedy}")
+    return parse_manifest(text, path, remedy)
+
+
+def _check_ports(session: Any, manifest: Manifest, path: Path) -> None:
+    """Names and types of the graph are those that its manifest states, and masks and logits have the stated sizes."""
+    for kind, ports, found in (
+        ("input", manifest.inputs, session.get_inputs()),
+        ("output", manifest.outputs, session.get_outputs()),
+    ):
+        stated = [(port.name, port.dtype, [d for d in port.shape if isinstance(d, int)]) for port in ports]
+        real = [(f.name, _ORT_TYPES.get(f.type, f.type), [d for d in f.shape if isinstance(d, int)]) for f in found]
+        if stated != real:
+            raise UsageError(
+                f"{path}: its {kind}s are {real}, its manifest states {stated}; the file was changed after its export: "
+                f"make it again with '{manifest.rebuild}'"
+            )

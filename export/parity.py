@@ -1,0 +1,67 @@
+"""Judge whether an engine explains as its bundle does: tensors, classes, masks at work, boxes, and batch invariance.
+
+Writes an HTML report with pictures of the worst images, and its figures as JSON; exits 1 when the gate says no.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.cli import Parser, run
+
+DEFAULT_IMAGES = 500
+
+
+def parser() -> Parser:
+    """The command's flags."""
+    flags = Parser("export.parity", __doc__ or "")
+    flags.add_argument("--model", required=True, metavar="BUNDLE", help="the bundle that the engine was made from")
+    flags.add_argument("--engine", required=True, metavar="FILE", help="an .onnx or .plan file (or another bundle)")
+    flags.add_argument("--data", metavar="DIR", help="folder of images (default: the bundle's samples)")
+    flags.add_argument("--images", type=int, default=DEFAULT_IMAGES, metavar="N", help="at most so many (default 500)")
+    flags.add_argument("--batch", type=int, default=16, metavar="N", help="images run in one go (default 16)")
+    flags.add_argument("--provider", choices=["auto", "cpu", "cuda", "tensorrt"], default="auto", help="where to run")
+    flags.add_argument("--threads", type=int, metavar="N", help="CPU threads")
+    flags.add_argument("--max-drop", type=float, metavar="X", help="most that LE, OM and F1 may worsen, such as 0.01")
+    flags.add_argument("--report", metavar="FILE", help="the report (default: ENGINE.parity.html, JSON beside it)")
+    return flags
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the gate."""
+    arguments = parser().parse_args(argv)
+    from export.files import ensure_writable
+    from export.gate import ParityFailure, Thresholds, judge
+    from export.gate_images import gate_images
+    from export.parity_report import write_report
+    from export.torch_engine import TorchEngine
+    from export.verify import hard_masks, matching_bundle, open_runnable, progress_bar, verdict_lines
+    from pipeline.bundle import load_bundle
+    from pipeline.errors import UsageError
+
+    for name in ("images", "batch"):
+        if getattr(arguments, name) < 1:
+            raise UsageError(f"--{name} {getattr(arguments, name)}: use a number from 1 up")
+    bundle = load_bundle(arguments.model)
+    report = Path(arguments.report or f"{Path(arguments.engine)}.parity.html")
+    ensure_writable(report, "--report")
+    engine, notes = open_runnable(Path(arguments.engine), provider=arguments.provider, threads=arguments.threads)
+    matching_bundle(engine.info, bundle)
+    images = gate_images(bundle.spec, bundle.samples, arguments.data, arguments.images)
+    reference = TorchEngine(bundle.path, threads=arguments.threads, bundle=bundle)
+    thresholds = Thresholds.of(engine.info.precision, hard_masks=hard_masks(bundle)).with_drop(arguments.max_drop)
+    profiles = engine.info.manifest.get("profiles", [])
+    batches = [profile[key] for profile in profiles for key in ("opt", "max")]
+    with progress_bar(2 * len(images.images), "parity") as advance:
+        verdict = judge(
+            reference, engine, images, thresholds=thresholds, batch=arguments.batch, batches=batches, progress=advance
+        )
+    page = write_report(report, verdict, images, model=reference.info, engine=engine.info, notes=notes)
+    print(*verdict_lines(verdict, images, notes), f"report: {page}", sep="\n")
+    if not verdict.passed:
+        raise ParityFailure(verdict.errors, arguments.engine, f"; see {page}")
+
+
+if __name__ == "__main__":
+    run(main, "export.parity")

@@ -1,0 +1,194 @@
+"""int8 and fp8: Q/DQ nodes in the graph, with ranges measured on images, through ONNX Runtime's quantiser.
+
+Two int8 graphs, because no single one suits both runtimes:
+
+* ``cpu``: unsigned asymmetric activations, signed weights per channel, int32 bias; results are quantised too, so that
+  ONNX Runtime chains its integer kernels (five times float32's speed with VNNI).
+* ``tensorrt``: symmetric, bias in float, Q/DQ on the inputs of convolutions and matrix products alone, as TensorRT's
+  fusions want it (its parser rejects the int32 bias).  fp8 is the same graph with other numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import re
+import tempfile
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from export.tidy import remove_dead
+
+Variant = Literal["cpu", "tensorrt"]
+Method = Literal["minmax", "entropy", "percentile"]
+
+PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+"""Operators that are worth quantising: the multiplications."""
+CHAINED = ("Add", "Relu", "Clip", "MaxPool", "AveragePool", "GlobalAveragePool", "Concat")
+"""Operators that ONNX Runtime also runs on integers, between the products."""
+QUANTISER_OPSET = 20
+_FP8_LARGEST = 448.0  # of float8 e4m3
+_INT8_LARGEST = 127.0
+
+
+def calibrate(
+    model: onnx.ModelProto,
+    images: np.ndarray,
+    *,
+    method: Method = "minmax",
+    batch: int = 8,
+    progress: Callable[[int], Any] | None = None,
+) -> Any:
+    """The range of every value that could be quantised, over ``images`` (n, S, S, 3) uint8.
+
+    ``minmax``: all of it; ``percentile``: all but one value in 100,000; ``entropy``: what loses least information.
+    Runs on the CPU provider: the GPU one may crash in calibration (ultralytics, 2026).  Returns ONNX Runtime's
+    ``TensorsData``.
+    """
+    from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, create_calibrator
+
+    class Once(CalibrationDataReader):
+        """A reader of one batch: part by part, or the calibrator would hold every activation of all images."""
+
+        def __init__(self, part: np.ndarray) -> None:
+            self._parts = [part]
+
+        def get_next(self) -> dict[str, np.ndarray] | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+            return {"image": self._parts.pop()} if self._parts else None
+
+    kinds = {
+        "minmax": CalibrationMethod.MinMax,
+        "entropy": CalibrationMethod.Entropy,
+        "percentile": CalibrationMethod.Percentile,
+    }
+    with tempfile.TemporaryDirectory() as folder, _hushed():
+        source, augmented = Path(folder) / "model.onnx", Path(folder) / "augmented.onnx"
+        onnx.save(model, source)
+        calibrator = create_calibrator(
+            source, [*PRODUCTS, *CHAINED], str(augmented), kinds[method], providers=["CPUExecutionProvider"]
+        )
+        for start in range(0, len(images), batch):
+            part = images[start : start + batch]
+            calibrator.collect_data(Once(part))
+            if progress:
+                progress(len(part))
+        return calibrator.compute_data()
+
+
+def quantise(model: onnx.ModelProto, ranges: Any, *, variant: Variant, keep: Collection[str] = ()) -> onnx.ModelProto:
+    """A copy of ``model`` with int8 Q/DQ nodes around every product but those named in ``keep``."""
+    from onnxruntime.quantization import QuantType
+    from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+
+    copied = onnx.ModelProto()
+    copied.CopyFrom(onnx.shape_inference.infer_shapes(model))
+    for_cpu = variant == "cpu"
+    kinds = [*PRODUCTS, *CHAINED] if for_cpu else list(PRODUCTS)
+    options: dict[str, Any] = {"WeightSymmetric": True, "ActivationSymmetric": not for_cpu, "QuantizeBias": for_cpu}
+    # Logits stay float: 255 levels between the extremes of the calibration images would cut off the surest answers.
+    options["OpTypesToExcludeOutputQuantization"] = ["Gemm"] if for_cpu else kinds
+    with _hushed():
+        quantiser = QDQQuantizer(
+            copied,
+            True,  # per channel
+            False,  # all of the range: only processors without VNNI saturate
+            QuantType.QInt8,
+            QuantType.QUInt8 if for_cpu else QuantType.QInt8,
+            ranges,
+            [],
+            list(keep),
+            kinds,
+            options,
+        )
+        quantiser.quantize_model()
+        quantiser.model.topological_sort()
+    result = quantiser.model.model
+    del result.graph.value_info[:]
+    remove_dead(result.graph)
+    onnx.checker.check_model(result)
+    return result
+
+
+def to_fp8(quantised: onnx.ModelProto, original: onnx.ModelProto) -> onnx.ModelProto:
+    """The ``tensorrt`` int8 graph ``quantised`` of ``original`` with float8 (e4m3) in place of int8.
+
+    A scale that maps a range to 127 steps maps it to float8's largest, 448; weights are rounded again from the
+    original ones.
+    """
+    model = onnx.ModelProto()
+    model.CopyFrom(quantised)
+    graph = model.graph
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    originals = {tensor.name: tensor for tensor in original.graph.initializer}
+    rescaled: set[str] = set()
+    for node in graph.node:
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+            continue
+        scale, zero = constants[node.input[1]], constants[node.input[2]]
+        if scale.name not in rescaled:
+            rescaled.add(scale.name)
+            steps = numpy_helper.to_array(scale) * np.float32(_INT8_LARGEST / _FP8_LARGEST)
+            scale.CopyFrom(numpy_helper.from_array(steps.astype(np.float32), scale.name))
+        if zero.data_type == TensorProto.INT8:
+            zero.CopyFrom(_fp8(zero.name, np.zeros(tuple(zero.dims), dtype=np.float32)))
+        weight = constants.get(node.input[0])
+        if weight is not None and weight.data_type == TensorProto.INT8:
+            value = numpy_helper.to_array(originals[weight.name.removesuffix("_quantized")])
+            steps = numpy_helper.to_array(scale)
+            axis = next((helper.get_attribute_value(a) for a in node.attribute if a.name == "axis"), 1)
+            shape = [-1 if k == axis else 1 for k in range(value.ndim)] if steps.ndim else []
+            weight.CopyFrom(_fp8(weight.name, value / steps.reshape(shape)))
+    onnx.checker.check_model(model)
+    return model
+
+
+def with_modelopt(
+    model: onnx.ModelProto, images: np.ndarray, *, kind: Literal["int8", "fp8"], keep: Collection[str], method: Method
+) -> onnx.ModelProto:
+    """NVIDIA's ModelOpt in place of ONNX Runtime's quantiser: the same nodes, and its own places for Q/DQ.
+
+    It knows ``max`` (for ``minmax``) and ``entropy``, and holds all of ``images`` in memory.
+    """
+    from modelopt.onnx.quantization import quantize as modelopt_quantise  # pyright: ignore[reportMissingImports]
+
+    with tempfile.TemporaryDirectory() as folder, _hushed():
+        source, target = Path(folder) / "model.onnx", Path(folder) / "quantised.onnx"
+        onnx.save(model, source)
+        modelopt_quantise(
+            str(source),
+            quantize_mode=kind,
+            calibration_data={"image": images},
+            calibration_method="entropy" if method == "entropy" and kind == "int8" else "max",
+            calibration_eps=["cpu"],
+            nodes_to_exclude=[re.escape(name) for name in sorted(keep)],
+            output_path=str(target),
+            log_level="ERROR",
+            high_precision_dtype="fp32",  # the rest is lowered here, so that kept nodes are kept
+        )
+        return onnx.load(target)
+
+
+def _fp8(name: str, value: np.ndarray) -> onnx.TensorProto:
+    """float32 values as float8 e4m3, rounded and kept within its range."""
+    import ml_dtypes
+
+    inside = np.clip(value, -_FP8_LARGEST, _FP8_LARGEST).astype(ml_dtypes.float8_e4m3fn)
+    return helper.make_tensor(name, TensorProto.FLOAT8E4M3FN, value.shape, inside.tobytes(), raw=True)
+
+
+@contextlib.contextmanager
+def _hushed():
+    """ONNX Runtime's quantiser prints and logs advice that has been taken."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(level)

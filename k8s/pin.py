@@ -1,0 +1,41 @@
+"""Print the installed version of everything that pyproject.toml asks for: ``python k8s/pin.py > k8s/constraints.txt``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import tomllib
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+HEADER = """\
+# What the image is built with: everything that onepass-saliency depends on, at the versions that it was tested with.
+# Written by k8s/pin.py.  TensorRT (target gpu) is bounded in pyproject.toml and recorded in each engine's manifest.
+"""
+
+
+PROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
+
+
+def collect(text: str, extras: tuple[str, ...], versions: dict[str, str], seen: set[tuple[str, str]]) -> None:
+    """Add what the requirement ``text`` of a distribution with ``extras`` needs, and all that this needs, to ``versions``."""
+    needed = Requirement(text)
+    if needed.marker and not any(needed.marker.evaluate({"extra": extra}) for extra in extras or ("",)):
+        return
+    name = re.sub(r"[-_.]+", "-", needed.name).lower()
+    if (name, str(needed.extras)) in seen:
+        return
+    seen.add((name, str(needed.extras)))
+    distribution = importlib.metadata.distribution(needed.name)
+    versions[name] = distribution.version
+    for further in distribution.requires or []:
+        collect(further, tuple(sorted(needed.extras)), versions, seen)
+
+
+if __name__ == "__main__":
+    found: dict[str, str] = {}
+    already: set[tuple[str, str]] = set()
+    for dependency in tomllib.loads(PROJECT.read_text())["project"]["dependencies"]:
+        collect(dependency, (), found, already)
+    print(HEADER + "\n".join(f"{name}=={version}" for name, version in sorted(found.items())))

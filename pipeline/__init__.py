@@ -1,0 +1,1 @@
+"""The method and the learning: backbones, masker, objectives, training, evaluation."""

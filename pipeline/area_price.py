@@ -1,0 +1,59 @@
+"""The price of mask area, as a number or as a dual variable that holds the masks at a stated strength."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class AreaPriceConfig:
+    """How much a mask pays for its area."""
+
+    rule: Literal["fixed", "entropy", "area"] = "entropy"
+    """`fixed`: always `initial`.  `entropy`: the price rises while the masked-out pictures keep more than `target` of the
+    uncertainty of a blank picture and the masked-in ones are recognised, and falls otherwise: masks become the smallest
+    that still hide the evidence and still show enough of it.
+    `area`: the price rises while the mean mask is larger than `target`."""
+    target: float = 0.8
+    """What is held: a share of uncertainty, or a mean area; in (0, 1)."""
+    sufficiency: float = 0.8
+    """Rule `entropy`: share of the pictures recognised whole that must also be recognised masked-in."""
+    initial: float = 2.0
+    """The price at the start, in the units of the objective."""
+    speed: float = 0.2
+    """Relative change of the price per step and unit of misfit."""
+    lowest: float = 0.01
+    highest: float = 30.0
+    smallest_area: float = 0.04
+    """Under this mean area the price falls whatever the uncertainty says: such masks are on their way to nothing."""
+
+    def __post_init__(self) -> None:
+        if self.rule not in ("fixed", "entropy", "area"):
+            raise ValueError(f"area price rule {self.rule!r}: use fixed, entropy or area")
+        if self.rule != "fixed" and not 0 < self.target < 1:
+            raise ValueError(f"area price target {self.target} is not between 0 and 1")
+        if not 0 < self.lowest <= self.initial <= self.highest and self.rule != "fixed":
+            raise ValueError(f"area price {self.initial} is not between {self.lowest} and {self.highest}")
+
+
+def next_price(
+    config: AreaPriceConfig, price: float, *, entropy_share: float, sufficiency: float, mean_area: float
+) -> float:
+    """The price after a step, by projected ascent on its logarithm.
+
+    ``entropy_share``: entropy of the masked-out pictures over that of a blank one, averaged over the pictures that
+    the classifier gets right; ``sufficiency``: pictures recognised masked-in over those recognised whole; ``mean_area``: mean
+    mask of the step, in [0, 1].
+    """
+    if config.rule == "fixed":
+        return price
+    if config.rule == "entropy":
+        misfit = min(entropy_share - config.target, sufficiency - config.sufficiency)
+    else:
+        misfit = mean_area - config.target
+    if mean_area < config.smallest_area:
+        misfit = -1.0
+    moved = math.log(price) + config.speed * misfit
+    return min(max(math.exp(moved), config.lowest), config.highest)

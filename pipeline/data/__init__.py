@@ -1,0 +1,1 @@
+"""Image files to arrays, boxes and masks: the one place where pictures are decoded and fitted to a network."""

@@ -1,0 +1,197 @@
+"""Published checkpoints become bundles: `python -m pipeline.import_published CHECKPOINT.chk --out BUNDLE`.
+
+Reads the layout of the paper's code (`ca.chk`, `fix.chk`) and of its predecessor.  Checkpoints are pickles, and a pickle can
+hold a program: the reader takes tensors, plain containers, numbers, names and `argparse.Namespace`, and refuses a file
+that asks for anything else without running any of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.cli import Parser, run
+from pipeline.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from pipeline.model import SaliencyModel
+    from pipeline.spec import ModelSpec
+
+INPUT_SIZE = 224
+IMAGENET_CLASSES = 1000
+
+
+def parser() -> Parser:
+    p = Parser("pipeline.import_published", "Turn a checkpoint of the paper's own code into a model bundle.")
+    p.add_argument("checkpoint", type=Path, metavar="CHECKPOINT.chk", help="ca.chk, fix.chk, or a predecessor's file")
+    p.add_argument("--out", type=Path, required=True, metavar="BUNDLE", help="folder of the bundle")
+    p.add_argument(
+        "--classifier",
+        type=Path,
+        metavar="FILE",
+        help="ResNet-50 state dict (safetensors or PyTorch) in place of the checkpoint's own classifier",
+    )
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parser().parse_args(argv)
+    from pipeline.bundle import save_bundle
+
+    checkpoint = read_checkpoint(arguments.checkpoint)
+    if arguments.classifier is not None:
+        checkpoint["state_dict_classifier"] = _read_classifier(arguments.classifier)
+    model, spec = from_checkpoint(checkpoint, where=str(arguments.checkpoint))
+    digest = save_bundle(arguments.out, model, spec)
+    layers = ",".join(str(tap.layer) for tap in spec.backbone.taps)
+    print(
+        f"{arguments.out}: ResNet-50, masker on layers {layers}, {spec.backbone.outputs} classes, sha256 {digest[:16]}"
+    )
+    if ignored := spec.training["ignored_options"]:
+        print(f"options without a meaning here: {', '.join(ignored)}")
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The dictionary in a checkpoint file, under the published names, ``args`` as a plain dict.
+
+    Raises:
+        UsageError: no such file, not a checkpoint, one that holds code, or one with keys that nothing here accounts for.
+    """
+    import torch
+
+    from pipeline.published import CHECKPOINT_KEYS, LEGACY_MASKER_KEY
+
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file; give a checkpoint of the paper's code, such as ca.chk")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged or hostile file makes the reader raise
+        if found := re.search(r"GLOBAL ([\w.]+)|class ([\w.]+)", str(error)):
+            asked = found[1] or found[2]
+            raise UsageError(f"{path} is refused: it asks for {asked}, and a checkpoint holds data only") from error
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise UsageError(f"{path} is not a readable PyTorch checkpoint ({reason}); download it again") from error
+    if not isinstance(checkpoint, dict):
+        raise UsageError(f"{path} holds a {type(checkpoint).__name__} and not a checkpoint's dictionary; give ca.chk")
+
+    checkpoint = dict(checkpoint)
+    if LEGACY_MASKER_KEY in checkpoint and "state_dict_masker" not in checkpoint:
+        checkpoint["state_dict_masker"] = checkpoint.pop(LEGACY_MASKER_KEY)
+    if unknown := sorted(str(key) for key in set(checkpoint) - set(CHECKPOINT_KEYS)):
+        raise UsageError(f"{path} has unknown keys {', '.join(unknown)}; known are {', '.join(CHECKPOINT_KEYS)}")
+    if "state_dict_masker" not in checkpoint:
+        raise UsageError(f"{path} holds no masker (state_dict_masker or {LEGACY_MASKER_KEY}); give ca.chk or fix.chk")
+    options = checkpoint.get("args", {})
+    checkpoint["args"] = vars(options) if isinstance(options, argparse.Namespace) else dict(options or {})
+    return checkpoint
+
+
+def from_checkpoint(checkpoint: Mapping[str, Any], *, where: str) -> tuple[SaliencyModel, ModelSpec]:
+    """The model in a checkpoint (of `read_checkpoint`), in eval mode, and its description.
+
+    Raises:
+        UsageError: no classifier, an unknown option value, or a tensor missing, unknown or of another shape.
+    """
+    from pipeline import backbone, published
+    from pipeline.masker import default_mask_size
+    from pipeline.model import SaliencyModel, build_masker
+    from pipeline.spec import BackboneSpec, ModelSpec
+
+    state = checkpoint.get("state_dict_classifier")
+    if not isinstance(state, Mapping) or "fc.weight" not in state:
+        raise UsageError(f"{where} holds no ResNet-50 classifier; name its state dict with --classifier FILE")
+    options = checkpoint["args"]
+    outputs = len(state["fc.weight"])
+    classifier = backbone.create_classifier("torchvision", "resnet50", outputs=outputs, arguments={})
+    _load(classifier, state, f"{where}: state_dict_classifier")
+    maps = backbone.pyramid("torchvision", classifier, INPUT_SIZE)
+    taps = backbone.choose_taps(maps, published.published_layers(options))
+    tapped = backbone.tap_classifier("torchvision", classifier, taps, last_map=maps[-1].module)
+    masker_spec = published.published_masker(options)
+    mask_size = default_mask_size(INPUT_SIZE)
+    masker = build_masker(masker_spec, tapped, mask_size=mask_size, classes=outputs)
+    _load(masker, checkpoint["state_dict_masker"], f"{where}: state_dict_masker")
+
+    joint = not options.get("fixed_classifier", published.DEFAULT_OPTIONS["fixed_classifier"])
+    class_names, data_classes = _class_names(outputs)
+    known = [name for name in published.DEFAULT_OPTIONS if name in options and not name.endswith("_path")]
+    spec = ModelSpec(
+        backbone=BackboneSpec(
+            source="torchvision",
+            name="resnet50",
+            outputs=outputs,
+            taps=taps,
+            batchnorm="train" if joint else "eval",
+        ),
+        masker=masker_spec,
+        preset="published",
+        input_size=INPUT_SIZE,
+        mask_size=mask_size,
+        geometry="crop",
+        mean=backbone.IMAGENET_MEAN,
+        std=backbone.IMAGENET_STD,
+        class_names=class_names,
+        data_classes=data_classes,
+        class_index=list(range(outputs)),
+        training={
+            "source": Path(where).name,
+            "epochs": checkpoint.get("epoch"),
+            "options": {name: options[name] for name in known},
+            "ignored_options": sorted(set(options) - set(published.DEFAULT_OPTIONS) - set(published.REQUIRED_OPTIONS)),
+        },
+    )
+    return SaliencyModel(backbone=tapped, masker=masker).eval(), spec
+
+
+def _class_names(outputs: int) -> tuple[list[str], list[str]]:
+    """Names of the logits, and of the folders of a data set that has those classes: ImageNet's, where there are 1000."""
+    if outputs != IMAGENET_CLASSES:
+        names = [str(k) for k in range(outputs)]
+        return names, names
+    from timm.data.imagenet_info import ImageNetInfo
+    from torchvision.models import ResNet50_Weights
+
+    return list(ResNet50_Weights.IMAGENET1K_V1.meta["categories"]), list(ImageNetInfo("imagenet-1k").label_names())
+
+
+def _read_classifier(path: Path) -> dict[str, Tensor]:
+    from pipeline.backbone import read_state_dict
+
+    try:
+        return read_state_dict(path)
+    except UsageError as error:
+        raise UsageError(str(error).replace("--weights", "--classifier", 1)) from error
+
+
+def _load(network: nn.Module, state: Any, what: str) -> None:
+    """Load every tensor of ``state``, and nothing else; counters of batches, which old files lack, may be missing."""
+    from torch import Tensor
+
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UsageError(f"{what} is no dictionary of tensors; download the checkpoint again")
+    own = network.state_dict()
+    misfits = [
+        f"{name} {tuple(value.shape)} instead of {tuple(own[name].shape)}"
+        for name, value in state.items()
+        if name in own and value.shape != own[name].shape
+    ]
+    missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
+    for trouble, names in (
+        ("has unknown tensors", [str(name) for name in state if name not in own]),
+        ("lacks", missing),
+        ("has other shapes", misfits),
+    ):
+        if names:
+            listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+            raise UsageError(f"{what} {trouble}: {listed}; its options (args) must be those it was trained with")
+    network.load_state_dict(state, strict=False)
+
+
+if __name__ == "__main__":
+    run(main, "pipeline.import_published")

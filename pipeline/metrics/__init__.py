@@ -1,0 +1,1 @@
+"""Localisation, faithfulness and similarity metrics; each value travels with its protocol."""

@@ -1,0 +1,222 @@
+"""From the command line of `pipeline.train` to a `TrainingPlan`: everything that can be wrong is found here, before a worker starts."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+from pipeline.backbone import create_classifier, default_normalisation
+from pipeline.data.decode import ImageError, read_image
+from pipeline.data.listing import Split, read_split
+from pipeline.errors import UsageError
+from pipeline.presets import PRESETS
+from pipeline.training import TrainingPlan, build
+
+LARGEST_DEFAULT = 224
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def plan_training(arguments: argparse.Namespace) -> TrainingPlan:
+    """The plan for the parsed ``arguments`` of `pipeline.train`.
+
+    Raises:
+        UsageError: what is wrong, where, and what to do.
+    """
+    preset = PRESETS[arguments.preset]
+    source, name = parse_init(arguments.init)
+    init_arguments = dict(parse_argument(text) for text in arguments.init_arg)
+    split = read_split(arguments.data, "train", per_class=arguments.per_class, seed=arguments.seed)
+    class_map = read_class_map(arguments.class_map, split.classes) if arguments.class_map else None
+    outputs = max(len(split.classes), 2)
+    if class_map is not None:
+        known = read_class_names(arguments.class_names) if arguments.class_names else None
+        outputs = len(known) if known else head_size(source, name, init_arguments, arguments.weights)
+        index = [class_map[folder] for folder in split.classes]
+        beyond = [k for k in index if k >= outputs]
+        if beyond:
+            raise UsageError(
+                f"--class-map {arguments.class_map}: index {beyond[0]}, but the classifier has {outputs} outputs"
+            )
+        names = known or [f"class {k}" for k in range(outputs)]
+        if not known:
+            for folder, k in class_map.items():
+                names[k] = folder
+    else:
+        index, names = list(range(len(split.classes))), [*split.classes, "(unused)"][:outputs]
+        if len(split.classes) >= 2:
+            names = list(split.classes)
+    size = arguments.image_size or default_image_size(split)
+    mean, std = normalisation(arguments, source, name, init_arguments)
+    batch = arguments.batch_size or preset.batch_size
+    if batch < 2:
+        raise UsageError(f"--batch-size {batch}: BatchNorm needs at least 2 images a step")
+    steps = arguments.steps or max(1, round(arguments.epochs * len(split.paths) / batch))
+    plan = TrainingPlan(
+        preset=preset.name,
+        data=str(Path(arguments.data).resolve()),
+        paths=tuple(split.paths),
+        labels=tuple(index[label] for label in split.labels),
+        data_classes=tuple(split.classes),
+        class_index=tuple(index),
+        class_names=tuple(names),
+        source=source,
+        name=name,
+        arguments=init_arguments,
+        weights=resolve_weights(arguments.weights),
+        mean=mean,
+        std=std,
+        batchnorm=arguments.batchnorm or ("eval" if arguments.weights else "sync"),
+        input_size=size,
+        geometry=arguments.geometry,
+        layers=tuple(int(k) for k in arguments.layers.split(",")) if arguments.layers else None,
+        steps=steps if arguments.budget is None or arguments.steps else 10**9,
+        budget=parse_time(arguments.budget, "--budget") if arguments.budget else None,
+        batch_size=batch,
+        seed=arguments.seed,
+        size_target=arguments.size_target,
+        precision=arguments.precision,
+        checkpoint_seconds=parse_time(arguments.checkpoint_every, "--checkpoint-every"),
+    )
+    build(plan)  # whatever is wrong with the classifier, its weights or its layers is said now and not by a worker
+    return plan
+
+
+def parse_init(text: str) -> tuple[str, str]:
+    """``resnet50`` -> (torchvision, resnet50); ``timm:NAME`` -> (timm, NAME)."""
+    source, _, name = text.rpartition(":")
+    if source not in ("", "torchvision", "timm") or not name:
+        raise UsageError(f"--init {text}: give a torchvision name such as resnet50, or timm:NAME")
+    return source or "torchvision", name
+
+
+def parse_argument(text: str) -> tuple[str, Any]:
+    """``K=V`` with V read as JSON where it is JSON, else as a string."""
+    key, found, value = text.partition("=")
+    if not found or not key.isidentifier():
+        raise UsageError(f"--init-arg {text}: give NAME=VALUE, such as pad_type=same")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value
+
+
+def parse_time(text: str, flag: str) -> float:
+    """``90s``, ``30m``, ``2h``, ``1d`` or plain seconds -> seconds."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text.strip())
+    if not match or float(match[1]) <= 0:
+        raise UsageError(f"{flag} {text}: give a time such as 90s, 30m or 2h")
+    return float(match[1]) * _UNITS[match[2] or "s"]
+
+
+def parse_triple(text: str, flag: str) -> tuple[float, float, float]:
+    """``R,G,B``."""
+    try:
+        r, g, b = (float(part) for part in text.split(","))
+    except ValueError as error:
+        raise UsageError(f"{flag} {text}: give three numbers such as 0.5,0.5,0.5") from error
+    return r, g, b
+
+
+def normalisation(
+    arguments: argparse.Namespace, source: str, name: str, init_arguments: dict[str, Any]
+) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Mean and standard deviation: as given, else what the model's own weights were trained with."""
+    default = default_normalisation(source, create_classifier(source, name, outputs=2, arguments=init_arguments))
+    mean = parse_triple(arguments.mean, "--mean") if arguments.mean else default[0]
+    std = parse_triple(arguments.std, "--std") if arguments.std else default[1]
+    if min(std) <= 0 or max(*mean, *std) > 1.5:
+        raise UsageError(f"--mean {mean} --std {std}: both are on the scale 0..1 and --std is above 0")
+    return mean, std  # pyright: ignore[reportReturnType]
+
+
+def resolve_weights(weights: str | None) -> str | None:
+    """A file's absolute path, or the name of hub weights as it is."""
+    return str(Path(weights).resolve()) if weights and Path(weights).exists() else weights
+
+
+def head_size(source: str, name: str, init_arguments: dict[str, Any], weights: str | None) -> int:
+    """Number of outputs of the classifier that ``weights`` belong to; 1000 where nothing tells."""
+    if weights and Path(weights).is_file():
+        from pipeline.backbone import read_state_dict
+
+        state = read_state_dict(weights)
+        classifier = create_classifier(source, name, outputs=1000, arguments=init_arguments)
+        matrices = [
+            k
+            for k in classifier.state_dict()
+            if k.endswith(".weight") and state.get(k) is not None and state[k].ndim == 2
+        ]
+        if matrices:
+            return state[matrices[-1]].shape[0]
+    return 1000
+
+
+def read_class_map(path: str, folders: list[str]) -> dict[str, int]:
+    """``folder,index`` rows of a CSV file; every folder of the training set must be there.
+
+    Raises:
+        UsageError: unreadable, a row without a number, or a folder without a row.
+    """
+    try:
+        with Path(path).open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UsageError(
+            f"--class-map {path}: cannot be read ({error}); give a CSV with the columns folder,index"
+        ) from error
+    found: dict[str, int] = {}
+    for line, row in enumerate(rows, start=2):
+        folder, index = row.get("folder"), (row.get("index") or "").strip()
+        if folder is None or not index.isdecimal():
+            raise UsageError(
+                f"--class-map {path}, line {line}: needs a folder and an index of 0 or more in the columns folder,index"
+            )
+        found[folder.strip()] = int(index)
+    missing = [folder for folder in folders if folder not in found]
+    if missing:
+        raise UsageError(f"--class-map {path}: no row for the folder {missing[0]!r} of the training set; add it")
+    return {folder: found[folder] for folder in folders}
+
+
+def read_class_names(path: str) -> list[str]:
+    """Names by output index: a JSON list, a JSON object by index (values: a name, or an object with `name`), or lines.
+
+    Raises:
+        UsageError: unreadable, or an index is missing.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        values = json.loads(text) if Path(path).suffix == ".json" else text.splitlines()
+        if isinstance(values, dict):
+            values = [values[str(k)] for k in range(len(values))]
+        names = [value["name"] if isinstance(value, dict) else str(value) for value in values]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"--class-names {path}: not a list of names ({error!r}); give JSON or one name a line"
+        ) from error
+    if len(names) < 2:
+        raise UsageError(f"--class-names {path}: {len(names)} names; a classifier has at least 2 outputs")
+    return names
+
+
+def default_image_size(split: Split) -> int:
+    """224, or the multiple of 32 nearest to the pictures' typical longer side where they are smaller.
+
+    Raises:
+        UsageError: none of the looked-at pictures can be decoded.
+    """
+    sides, last = [], None
+    for k in range(0, len(split.paths), max(1, len(split.paths) // 32)):
+        try:
+            sides.append(max(read_image(Path(split.root) / split.paths[k]).shape[:2]))
+        except ImageError as error:
+            last = f"{split.paths[k]}: {error}"
+    if not sides:
+        raise UsageError(f"no picture of {split.root} can be decoded ({last}); check --data")
+    typical = statistics.median(sides)
+    return LARGEST_DEFAULT if typical >= LARGEST_DEFAULT else max(32, round(typical / 32) * 32)

@@ -1,0 +1,85 @@
+"""The classifier population: earlier states of the classifier, drawn to judge a mask (paper section 3.2).
+
+A mask that only fools the classifier of this very step is no explanation; judged by classifiers of other steps it has
+to be evidence for all of them.  Every decision depends on the seed and the step alone, so all workers agree on it
+without a message and a resumed run draws what an undisturbed one would.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class PopulationConfig:
+    """How a population grows and how often it is asked."""
+
+    probability: float = 0.5
+    """Share of steps whose masks are judged by an earlier classifier; in these the classifier is not trained on masked images."""
+    save_every: int = 100
+    """Steps between two snapshots."""
+    size: int = 30
+    """Snapshots kept; when full, a random one is replaced."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.probability <= 1:
+            raise ValueError(f"population probability {self.probability} is not between 0 and 1")
+        if self.save_every < 1 or self.size < 1:
+            raise ValueError(f"population of {self.size} saved every {self.save_every} steps: both must be at least 1")
+
+
+class Population:
+    """Snapshots of a classifier, and one network into which they are loaded."""
+
+    def __init__(self, *, config: PopulationConfig, seed: int) -> None:
+        self.config = config
+        self.seed = seed
+        self.snapshots: list[dict[str, Tensor]] = []
+        self._network: nn.Module | None = None
+        self._loaded: int | None = None
+
+    def observe(self, step: int, classifier: nn.Module) -> None:
+        """Take a snapshot of ``classifier`` when ``step`` calls for one (and at the first chance)."""
+        if self.snapshots and step % self.config.save_every != self.config.save_every - 1:
+            return
+        state = {name: value.detach().cpu().clone() for name, value in classifier.state_dict().items()}
+        if len(self.snapshots) < self.config.size:
+            self.snapshots.append(state)
+        else:
+            slot = int(self._random(step, 1).integers(self.config.size))
+            self.snapshots[slot] = state
+            if slot == self._loaded:
+                self._loaded = None
+
+    def draw(self, step: int) -> int | None:
+        """The snapshot that judges the masks of ``step``; none when the current classifier does."""
+        random = self._random(step, 0)
+        if not self.snapshots or random.random() >= self.config.probability:
+            return None
+        return int(random.integers(len(self.snapshots)))
+
+    def network(self, index: int, like: nn.Module) -> nn.Module:
+        """Snapshot ``index`` as a network of the architecture of ``like``, in eval mode and without gradients."""
+        if self._network is None:
+            self._network = copy.deepcopy(like).requires_grad_(False).eval()
+        if self._loaded != index:
+            self._network.load_state_dict(self.snapshots[index])
+            self._loaded = index
+        return self._network
+
+    def state(self) -> list[dict[str, Tensor]]:
+        """The snapshots, for a checkpoint."""
+        return self.snapshots
+
+    def restore(self, snapshots: list[dict[str, Tensor]]) -> None:
+        """Take the snapshots of a checkpoint."""
+        self.snapshots = [{name: torch.as_tensor(value) for name, value in state.items()} for state in snapshots]
+        self._loaded = None
+
+    def _random(self, step: int, purpose: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, 0x90B, step, purpose])

@@ -1,0 +1,229 @@
+"""The training loop on Ray Train: starting workers, checkpoints in the run's storage, and what comes out at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs
+import ray
+import ray.exceptions
+import ray.train
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from pipeline.errors import UsageError, WorkError
+from pipeline.training import TrainingPlan
+
+STORAGE_NAME = "checkpoints"
+PLAN_FILE = "plan.json"
+MAY_CHANGE = ("steps", "budget", "threads", "checkpoint_seconds", "precision")
+"""Fields of a plan that a run may be continued with another value of."""
+RESTARTS = 100
+"""Worker failures that a run survives; each costs at most the steps since the last checkpoint."""
+
+
+class RayReporter:
+    """Carries progress and checkpoints of a worker to Ray Train."""
+
+    def __init__(self, plan: TrainingPlan, first_course: float) -> None:
+        self.bar = None
+        if ray.train.get_context().get_world_rank() == 0:
+            from ray.experimental import tqdm_ray
+
+            self.bar = tqdm_ray.tqdm(total=100, desc=f"train {plan.preset}", unit="%")
+            self.bar.update(int(first_course * 100))
+        self.shown = int(first_course * 100)
+
+    def progress(self, row: dict[str, Any]) -> None:
+        """Move the bar."""
+        done = min(int(row["course"] * 100), 100)
+        if self.bar is not None and done > self.shown:
+            figures = [f"top-1 {row['clean_right']:.2f}"]
+            if "mask_mean" in row:
+                figures += [f"mask {row['mask_mean']:.2f}", f"in {row['in_right']:.2f}", f"hidden {row['hidden']:.2f}"]
+            self.bar.set_description(f"train {row['phase']} step {row['step']}: {', '.join(figures)}")
+            self.bar.update(done - self.shown)
+            self.shown = done
+
+    def checkpoint(self, write: Callable[[Path], None], row: dict[str, Any], *, final: bool) -> None:
+        """Report the row to Ray Train with the checkpoint that rank 0 writes; a barrier for all workers."""
+        numbers = {key: value for key, value in row.items() if isinstance(value, int | float)}
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint = None
+            if ray.train.get_context().get_world_rank() == 0:
+                write(Path(folder))
+                checkpoint = Checkpoint.from_directory(folder)
+            ray.train.report(numbers | {"final": int(final)}, checkpoint=checkpoint)
+        if final and self.bar is not None:
+            self.bar.close()
+
+
+def worker(config: dict[str, Any]) -> None:
+    """What each Ray Train worker runs."""
+    import torch
+
+    from pipeline import training
+
+    plan = TrainingPlan.of(config)
+    device = "cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu"
+    checkpoint = ray.train.get_checkpoint()
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(checkpoint.as_directory())) if checkpoint else None
+        done = 0.0
+        if folder is not None:
+            state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True, mmap=True)
+            done = max(state["step"] / plan.steps, state["seconds"] / plan.budget if plan.budget else 0.0)
+            if done >= 1 and (folder / "bundle").is_dir():
+                return
+        training.train(plan, RayReporter(plan, done), resume=folder, device=device)
+
+
+def fit(plan: TrainingPlan, *, out: str, workers: int | tuple[int, int], gpu: str) -> str:
+    """Train ``plan`` in the run folder ``out`` (a path or URI); returns where the bundle is.
+
+    Raises:
+        UsageError: ``out`` holds another run, or cannot be written.
+        WorkError: the workers failed.
+    """
+    quiet()
+    filesystem, root = open_storage(out)
+    claim_run(filesystem, root, asdict(plan))
+    if not ray.is_initialized():
+        join_cluster()
+    resources = ray.cluster_resources()
+    use_gpu = gpu == "yes" or (gpu == "auto" and resources.get("GPU", 0) >= 1)
+    most = workers if isinstance(workers, int) else workers[1]
+    cpus = max(1, int(resources.get("CPU", 1)) // most)
+    if not use_gpu and resources.get("CPU", 0) < (workers if isinstance(workers, int) else workers[0]):
+        raise UsageError(f"--workers {most}: the cluster has {resources.get('CPU', 0):.0f} CPUs; ask for fewer workers")
+    precision = ("bf16" if use_gpu else "fp32") if plan.precision == "auto" else plan.precision
+    fields = asdict(plan) | {"threads": cpus, "precision": precision}
+
+    trainer = TorchTrainer(
+        worker,
+        train_loop_config=fields,
+        scaling_config=ScalingConfig(
+            num_workers=workers, use_gpu=use_gpu, resources_per_worker={"CPU": cpus} | ({"GPU": 1} if use_gpu else {})
+        ),
+        run_config=RunConfig(
+            name=STORAGE_NAME,
+            storage_path=root,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=RESTARTS),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+        ),
+    )
+    try:
+        result = trainer.fit()
+    except Exception as error:
+        raise WorkError(
+            f"training failed: {root_cause(error)}; the same command goes on from the last checkpoint"
+        ) from error
+    if result.checkpoint is None:
+        raise WorkError(f"training in {out} ended without a checkpoint; see the workers' messages above")
+    with result.checkpoint.as_directory() as folder:
+        if not (Path(folder) / "bundle").is_dir():
+            raise WorkError(f"the last checkpoint in {out} holds no bundle; run the same command again")
+        publish(Path(folder), filesystem, root)
+    return f"{out.rstrip('/')}/bundle"
+
+
+def join_cluster() -> None:
+    """Join the cluster of ``$RAY_ADDRESS``, else one that runs on this machine, else start one for this process.
+
+    Raises:
+        UsageError: the cluster that is there does not answer, or refuses.
+    """
+    try:
+        ray.init(include_dashboard=False, log_to_driver=True, logging_level=logging.WARNING)
+    except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+        raise UsageError(
+            f"{' '.join(str(error).split())[:200]}; set RAY_ADDRESS=local for a cluster of this command's own, or "
+            "RAY_ADDRESS and RAY_AUTH_TOKEN_PATH for the one that you mean"
+        ) from error
+
+
+def quiet() -> None:
+    """Keep Ray's running commentary off the screen; warnings and errors stay."""
+    for name in ("ray", "ray.train", "ray.tune", "ray.data"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def root_cause(error: BaseException) -> str:
+    """The innermost error's own words, on one line."""
+    while (inner := error.__cause__ or getattr(error, "cause", None)) is not None and inner is not error:
+        error = inner
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1].strip() if lines else ''}"
+
+
+def open_storage(out: str) -> tuple[pyarrow.fs.FileSystem, str]:
+    """The file system of a path or URI, and the path in it."""
+    try:
+        if "://" in out:
+            return pyarrow.fs.FileSystem.from_uri(out)
+        return pyarrow.fs.LocalFileSystem(), str(Path(out).resolve())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--out {out}: {error}; give a folder, or a URI such as s3://bucket/run") from error
+
+
+def claim_run(filesystem: pyarrow.fs.FileSystem, root: str, fields: dict[str, Any]) -> None:
+    """Record the plan in the run's folder; a run that is continued must have the same one.
+
+    Raises:
+        UsageError: the folder belongs to a run with other settings, or cannot be written.
+    """
+    listing = hashlib.sha256(json.dumps([fields["paths"], fields["labels"]]).encode()).hexdigest()
+    kept = {k: v for k, v in fields.items() if k not in ("paths", "labels", *MAY_CHANGE)} | {"listing": listing}
+    mine = json.loads(json.dumps(kept))
+    path = f"{root}/{PLAN_FILE}"
+    try:
+        if filesystem.get_file_info(path).type == pyarrow.fs.FileType.File:
+            with filesystem.open_input_stream(path) as stream:
+                theirs = json.loads(stream.read())
+            changed = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
+            if changed:
+                key = changed[0]
+                raise UsageError(
+                    f"--out {root} holds a run with another {key} ({str(theirs.get(key))[:60]} there, "
+                    f"{str(mine.get(key))[:60]} now); give another --out, or the old settings to go on"
+                )
+            return
+        filesystem.create_dir(root, recursive=True)
+        with filesystem.open_output_stream(path) as stream:
+            stream.write((json.dumps(mine, indent=1) + "\n").encode())
+    except OSError as error:
+        raise UsageError(f"--out {root} cannot be written ({error}); give a writable folder") from error
+
+
+def publish(checkpoint: Path, filesystem: pyarrow.fs.FileSystem, root: str) -> None:
+    """Copy bundle and log of the last checkpoint to where the run's readers expect them."""
+    target = f"{root}/bundle"
+    if isinstance(filesystem, pyarrow.fs.LocalFileSystem):
+        import shutil
+
+        partial = Path(f"{root}/.bundle")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(checkpoint / "bundle", partial)
+        shutil.rmtree(target, ignore_errors=True)
+        partial.replace(target)
+    else:
+        # Object stores have no rename of folders; model.json goes last, and without it a folder is no bundle.
+        filesystem.create_dir(target, recursive=True)
+        for file in sorted((checkpoint / "bundle").iterdir(), key=lambda file: file.name == "model.json"):
+            _upload(file, filesystem, f"{target}/{file.name}")
+    _upload(checkpoint / "log.csv", filesystem, f"{root}/log.csv")
+
+
+def _upload(file: Path, filesystem: pyarrow.fs.FileSystem, target: str) -> None:
+    with filesystem.open_output_stream(target) as stream, file.open("rb") as source:
+        while chunk := source.read(1 << 20):
+            stream.write(chunk)

@@ -1,0 +1,349 @@
+"""The training loop that every worker runs; it knows nothing of Ray, so that it can be called anywhere."""
+
+from __future__ import annotations
+
+import csv
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline import collective
+from pipeline.backbone import (
+    choose_taps,
+    create_classifier,
+    hub_weights,
+    load_weights,
+    pyramid,
+    read_state_dict,
+    tap_classifier,
+)
+from pipeline.batchnorm import SyncedBatchNorm2d, synchronise
+from pipeline.data.batches import TrainingBatches
+from pipeline.data.decode import read_image
+from pipeline.data.geometry import Geometry, fit
+from pipeline.fills import FILLS
+from pipeline.mask_statistics import mask_statistics, summarise
+from pipeline.masker import default_mask_size
+from pipeline.model import SaliencyModel, build_masker
+from pipeline.population import Population
+from pipeline.presets import PRESETS, Preset
+from pipeline.spec import BackboneSpec, MaskerSpec, ModelSpec
+from pipeline.step import Batch, JointStep
+
+SAMPLES = 256
+LOG_COLUMNS: tuple[str, ...] = (
+    "step", "phase", "course", "seconds", "clean_loss", "clean_right", "masker_loss", "in_right", "out_right",
+    "mask_mean", "hidden", "unit", "price", "waiting",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingPlan:
+    """Everything that a worker needs to know; plain values, so that it can be sent and recorded."""
+
+    preset: str
+    data: str
+    """Root of the data set."""
+    paths: tuple[str, ...]
+    """Training images, relative to `data`."""
+    labels: tuple[int, ...]
+    """Logit index of each image."""
+    data_classes: tuple[str, ...]
+    class_index: tuple[int, ...]
+    class_names: tuple[str, ...]
+    source: str
+    name: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    weights: str | None = None
+    """File of a state dict, name of hub weights, or none for random weights."""
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    batchnorm: str
+    input_size: int
+    geometry: Geometry = "squash"
+    layers: tuple[int, ...] | None = None
+    steps: int
+    """Length of the run in steps; `budget` may end it earlier."""
+    budget: float | None = None
+    """Length of the run in seconds, over all restarts."""
+    batch_size: int
+    seed: int = 0
+    size_target: float | None = None
+    """Takes the place of the preset's target of the area price."""
+    precision: str = "fp32"
+    checkpoint_seconds: float = 120.0
+    """Seconds between two checkpoints."""
+    threads: int = 1
+    """CPU threads of each worker."""
+
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> TrainingPlan:
+        """A plan from its fields as they come out of JSON or Ray, where tuples may have become lists."""
+        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        return cls(**plain)
+
+
+class Reporter(Protocol):
+    """What the loop tells the outside."""
+
+    def progress(self, row: dict[str, Any]) -> None:
+        """Called on every worker after each step."""
+        ...
+
+    def checkpoint(self, write: Callable[[Path], None], row: dict[str, Any], *, final: bool) -> None:
+        """Called on every worker; rank 0 is to call ``write`` with an empty folder to fill."""
+        ...
+
+
+def plan_preset(plan: TrainingPlan) -> Preset:
+    """The preset of ``plan`` with the plan's own size target."""
+    preset = PRESETS[plan.preset]
+    if plan.size_target is not None:
+        preset = replace(preset, price=replace(preset.price, target=plan.size_target))
+    return preset
+
+
+def build(plan: TrainingPlan) -> tuple[SaliencyModel, ModelSpec, bool]:
+    """A fresh model, its description, and whether its classifier still has to be trained.
+
+    Raises:
+        UsageError: the classifier, its weights or its layers are not as the plan says.
+    """
+    torch.manual_seed(plan.seed)
+    classifier = create_classifier(plan.source, plan.name, outputs=len(plan.class_names), arguments=plan.arguments)
+    untrained = plan.weights is None
+    if plan.weights is not None:
+        is_file = Path(plan.weights).suffix in (".safetensors", ".pt", ".pth", ".bin") or Path(plan.weights).exists()
+        state = read_state_dict(plan.weights) if is_file else hub_weights(plan.source, plan.name, plan.weights)
+        untrained = bool(load_weights(classifier, state, where=f"--weights {plan.weights}"))
+    maps = pyramid(plan.source, classifier, plan.input_size)
+    taps = choose_taps(maps, plan.layers)
+    backbone = tap_classifier(plan.source, classifier, taps, last_map=maps[-1].module)
+    masker_spec = MaskerSpec()
+    mask_size = default_mask_size(plan.input_size)
+    masker = build_masker(
+        masker_spec, backbone, mask_size=mask_size, classes=len(plan.class_names), norm=SyncedBatchNorm2d
+    )
+    if plan.batchnorm == "sync":
+        synchronise(backbone)
+    spec = ModelSpec(
+        backbone=BackboneSpec(
+            source=plan.source,  # pyright: ignore[reportArgumentType]
+            name=plan.name,
+            arguments=plan.arguments,
+            outputs=len(plan.class_names),
+            taps=taps,
+            batchnorm=plan.batchnorm,  # pyright: ignore[reportArgumentType]
+        ),
+        masker=masker_spec,
+        preset=plan.preset,
+        input_size=plan.input_size,
+        mask_size=mask_size,
+        geometry=plan.geometry,
+        mean=plan.mean,
+        std=plan.std,
+        class_names=list(plan.class_names),
+        data_classes=list(plan.data_classes),
+        class_index=list(plan.class_index),
+    )
+    return SaliencyModel(backbone=backbone, masker=masker), spec, untrained
+
+
+def train(plan: TrainingPlan, reporter: Reporter, *, resume: Path | None = None, device: str = "cpu") -> None:
+    """Train as ``plan`` says; ``resume`` is the folder of an earlier checkpoint of the same plan.
+
+    The last checkpoint holds a folder `bundle`, the trained model.
+    """
+    torch.set_num_threads(usable_threads(plan.threads))
+    preset = plan_preset(plan)
+    model, spec, untrained = build(plan)
+    model.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    normalise = Normaliser(plan.mean, plan.std, device)
+    fill = FILLS[preset.fill]()
+    blank_image = torch.zeros(1, 3, plan.input_size, plan.input_size, device=device)
+    population = (
+        Population(config=preset.population, seed=plan.seed)
+        if preset.population and preset.classifier == "joint"
+        else None
+    )
+    step_of = JointStep(
+        model=model,
+        preset=preset,
+        fill=fill,
+        blank=blank_image,
+        population=population,
+        batchnorm=plan.batchnorm,
+        trains_classifier=untrained or preset.classifier == "joint",
+        autocast=torch.autocast(device, torch.bfloat16) if plan.precision == "bf16" else None,
+        scratch=untrained,
+    )
+    first, spent, rows = 0, 0.0, []
+    if resume is not None:
+        first, spent, rows = _restore(resume, model, step_of, population)
+    pretraining = preset.pretraining if untrained else 0.0
+
+    batches = TrainingBatches(
+        root=Path(plan.data),
+        paths=plan.paths,
+        labels=plan.labels,
+        size=plan.input_size,
+        geometry=plan.geometry,
+        batch_size=plan.batch_size,
+        seed=plan.seed,
+        augmentation=preset.augmentation,
+        rank=collective.rank(),
+        world=collective.world_size(),
+        threads=max(2, plan.threads),
+    )
+    started = saved = time.monotonic()
+    row: dict[str, Any] = {"step": first, "course": _course(plan, first, spent)}
+    stream = batches.iterate(first)
+    try:
+        while row["course"] < 1:
+            asked = time.monotonic()
+            step, images, labels = next(stream)
+            waited = time.monotonic() - asked
+            phase, course = _phase(row["course"], pretraining)
+            logs = step_of(
+                Batch(normalise(images), torch.from_numpy(labels).to(device)),
+                step=step,
+                divisor=plan.batch_size,
+                phase=phase,
+                course=course,
+            )
+            now = time.monotonic()
+            seconds = _agreed(spent + now - started)
+            row = {"step": step + 1, "phase": phase, "course": _course(plan, step + 1, seconds), "seconds": seconds}
+            row |= logs | {"waiting": waited / max(now - asked, 1e-9)}
+            rows.append(row)
+            reporter.progress(row)
+            if seconds - spent - (saved - started) >= plan.checkpoint_seconds and row["course"] < 1:
+                saved = time.monotonic()
+
+                def write(folder: Path, row: dict[str, Any] = row) -> None:
+                    _save(folder, row, rows, model, step_of, population)
+
+                reporter.checkpoint(write, row, final=False)
+    finally:
+        stream.close()
+
+    provenance = {
+        "plan": {k: v for k, v in asdict(plan).items() if k not in ("paths", "labels", "class_names")},
+        "preset": asdict(preset),
+        "images": len(plan.paths),
+        "steps": row["step"],
+        "seconds": round(row.get("seconds", spent), 1),
+        "workers": collective.world_size(),
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "last": {key: round(value, 6) for key, value in row.items() if isinstance(value, float)},
+    }
+
+    def finish(folder: Path) -> None:
+        from pipeline.bundle import save_bundle
+
+        _save(folder, row, rows, model, step_of, population)
+        samples, statistics = _samples(plan, model, normalise)
+        done = spec.model_copy(update={"training": provenance, "mask_statistics": statistics})
+        save_bundle(folder / "bundle", model, done, samples)
+
+    reporter.checkpoint(finish, row, final=True)
+
+
+def usable_threads(wanted: int) -> int:
+    """At most the processors that this process may run on: more threads than those wait for each other."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(wanted, allowed))
+
+
+class Normaliser:
+    """uint8 images (n, S, S, 3) to normalised tensors (n, 3, S, S) on the device, channels last in memory."""
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], device: str) -> None:
+        self.mean = torch.tensor(mean, device=device)
+        self.std = torch.tensor(std, device=device)
+        self.device = device
+
+    def __call__(self, images: np.ndarray) -> Tensor:
+        x = torch.from_numpy(np.ascontiguousarray(images)).to(self.device, non_blocking=True)
+        return ((x.float() / 255 - self.mean) / self.std).permute(0, 3, 1, 2)
+
+
+def _phase(course: float, pretraining: float) -> tuple[str, float]:
+    """What is trained at ``course`` of the run, and how much of that phase is done."""
+    if course < pretraining:
+        return "classifier", course / pretraining
+    return "joint", (course - pretraining) / (1 - pretraining)
+
+
+def _course(plan: TrainingPlan, step: int, seconds: float) -> float:
+    """Share of the run that is done."""
+    return max(step / plan.steps, seconds / plan.budget if plan.budget else 0.0)
+
+
+def _agreed(seconds: float) -> float:
+    """Rank 0's clock, so that all workers stop at the same step."""
+    clock = torch.tensor([seconds if collective.rank() == 0 else 0.0], dtype=torch.float64)
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "nccl":
+        clock = clock.cuda()
+    collective.sum_in_place([clock])
+    return float(clock)
+
+
+def _save(
+    folder: Path,
+    row: dict[str, Any],
+    rows: list[dict[str, Any]],
+    model: SaliencyModel,
+    step_of: JointStep,
+    population: Population | None,
+) -> None:
+    state = {
+        "step": row["step"],
+        "seconds": row.get("seconds", 0.0),
+        "price": step_of.price,
+        "model": model.state_dict(),
+        "classifier_optimiser": step_of.classifier_optimiser.state_dict(),
+        "masker_optimiser": step_of.masker_optimiser.state_dict(),
+        "population": population.state() if population else [],
+    }
+    torch.save(state, folder / "state.pt")
+    with (folder / "log.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, LOG_COLUMNS, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _restore(
+    folder: Path, model: SaliencyModel, step_of: JointStep, population: Population | None
+) -> tuple[int, float, list[dict[str, Any]]]:
+    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    model.load_state_dict(state["model"])
+    step_of.classifier_optimiser.load_state_dict(state["classifier_optimiser"])
+    step_of.masker_optimiser.load_state_dict(state["masker_optimiser"])
+    step_of.price = state["price"]
+    if population is not None:
+        population.restore(state["population"])
+    with (folder / "log.csv").open(newline="", encoding="utf-8") as file:
+        rows: list[dict[str, Any]] = list(csv.DictReader(file))
+    return state["step"], state["seconds"], rows
+
+
+@torch.no_grad()
+def _samples(plan: TrainingPlan, model: SaliencyModel, normalise: Normaliser) -> tuple[np.ndarray, dict[str, Any]]:
+    """Training images for calibration and parity, and what their masks look like."""
+    count = min(SAMPLES, len(plan.paths))
+    chosen = np.sort(np.random.default_rng([plan.seed, 0x5A]).choice(len(plan.paths), count, replace=False))
+    images = np.stack(
+        [fit(read_image(Path(plan.data) / plan.paths[k]), plan.input_size, plan.geometry)[0] for k in chosen]
+    )
+    model.eval()
+    masks = [model(normalise(images[k : k + 32]))[1][:, 0].float().cpu().numpy() for k in range(0, count, 32)]
+    return images, summarise(mask_statistics(np.concatenate(masks)))

@@ -1,0 +1,1 @@
+"""Scoring of image sets with Ray Data and an HTTP service with Ray Serve."""

@@ -1,0 +1,105 @@
+"""Routes of batch jobs."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from fastapi import FastAPI, Header, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ValidationError
+from ray.exceptions import RayTaskError
+
+from pipeline.errors import UsageError, WorkError
+from serving.http import ErrorAnswer, ServiceError, read_body
+from serving.jobs import JobConflict, JobRequest
+from serving.roots import OutsideRoots
+
+MOST_BYTES = 65536
+"""Of the body of a job request."""
+
+
+class JobService(Protocol):
+    """What a replica gives to these routes: a handle of `serving.jobs.JobManager`."""
+
+    jobs: Any
+
+
+class Job(BaseModel):
+    """The state of a job."""
+
+    id: str
+    state: str
+    """queued, running, done, failed or cancelled."""
+    total: int | None
+    """Inputs of the job; null while nobody has counted them."""
+    done: int
+    errors: int
+    images_per_second: float | None
+    seconds_left: float | None
+    message: str | None
+    input: str
+    output: str
+
+
+class JobDetails(Job):
+    """The state of a job with some of its error rows."""
+
+    error_rows: list[dict[str, str]]
+
+
+def add_jobs(api: FastAPI, service: JobService) -> None:
+    """``/v1/jobs``."""
+    errors: dict[int | str, dict[str, Any]] = {
+        status: {"model": ErrorAnswer} for status in (400, 401, 403, 404, 409, 413, 422, 500)
+    }
+    body = {"required": True, "content": {"application/json": {"schema": JobRequest.model_json_schema()}}}
+
+    @api.post("/v1/jobs", status_code=202, response_model=Job, responses=errors, openapi_extra={"requestBody": body})
+    async def submit(request: Request, idempotency_key: str | None = Header(default=None, max_length=256)) -> Response:
+        """Score an image set in the background; the same request again finds the same job."""
+        try:
+            asked = JobRequest.model_validate_json(await read_body(request, MOST_BYTES))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "body"
+            raise ServiceError(422, "bad_request", f"{where}: {first['msg']}") from error
+        job = await _called(service.jobs.submit.remote(asked.model_dump(), idempotency_key))
+        return JSONResponse(job, status_code=202, headers={"Location": f"v1/jobs/{job['id']}"})
+
+    @api.get("/v1/jobs", response_model=list[Job], responses=errors)
+    async def listing() -> Response:
+        """All jobs, the newest first."""
+        return JSONResponse(await _called(service.jobs.listing.remote()))
+
+    @api.get("/v1/jobs/{name}", response_model=JobDetails, responses=errors)
+    async def get(name: str) -> Response:
+        """How far a job is, and some of the images that could not be scored."""
+        return JSONResponse(_found(name, await _called(service.jobs.get.remote(name))))
+
+    @api.delete("/v1/jobs/{name}", response_model=Job, responses=errors)
+    async def cancel(name: str) -> Response:
+        """End a job; the rows that are there stay, and the same request later goes on from them."""
+        return JSONResponse(_found(name, await _called(service.jobs.cancel.remote(name))))
+
+
+def _found(name: str, job: dict[str, Any] | None) -> dict[str, Any]:
+    if job is None:
+        raise ServiceError(404, "not_found", f"no job {name[:100]}")
+    return job
+
+
+async def _called(call: Any) -> Any:
+    """The manager's answer, or its complaint as an HTTP error."""
+    try:
+        return await call
+    except RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, OutsideRoots):
+            raise ServiceError(403, "outside_roots", str(cause)) from error
+        if isinstance(cause, UsageError):
+            raise ServiceError(422, "bad_request", str(cause)) from error
+        if isinstance(cause, JobConflict):
+            raise ServiceError(409, "conflict", str(cause)) from error
+        if isinstance(cause, WorkError):
+            raise ServiceError(503, "store", str(cause), retry_after=5) from error
+        raise

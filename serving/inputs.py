@@ -1,0 +1,207 @@
+"""What there is to score: a folder, a glob, one file, a list, Parquet or WebDataset, here or in an object store.
+
+Listing yields `Entry` by `Entry` in an order that depends on nothing but names, and opens nothing: images and containers
+are opened by whoever scores them (`serving.sources`).
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+from fsspec.utils import glob_translate
+
+from pipeline.data.listing import SPLITS, is_image_name
+from pipeline.errors import UsageError
+from serving import store
+from serving.store import Entry
+
+Kind = Literal["image", "parquet", "tar"]
+
+PARQUET_SUFFIXES = (".parquet", ".pq")
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+LIST_SUFFIXES = (".txt", ".csv")
+URI_NAMES = ("uri", "path", "file", "file_name", "filename", "url", "image_path")
+"""Names of a column of URIs, in a CSV list and in Parquet, in order of preference."""
+
+
+@dataclass
+class Inputs:
+    """An input, understood; `entries` goes through it once, and the counts are whole when it is through."""
+
+    place: str
+    shape: Literal["folder", "glob", "file", "list"]
+    exclude: str | None = None
+    """A folder that is left out: the output, when it lies within the input."""
+    others: Counter[str] = field(default_factory=Counter)
+    """Files that are neither images nor, without images, containers, by suffix."""
+
+    def entries(self) -> Iterator[tuple[Kind, Entry]]:
+        """The inputs with their kinds.  Containers count only where there is no image at all."""
+        self.others.clear()
+        if self.shape == "list":
+            for entry in _list_entries(self.place):
+                yield "image", entry
+            return
+        if self.shape == "file":
+            entry = _single(self.place)
+            yield _kind(self.place) or "image", entry
+            return
+        containers: list[tuple[Kind, Entry]] = []
+        images = 0
+        for entry in self._found():
+            kind = _kind(entry.place) if entry.size != store.NOT_REGULAR else None
+            if kind == "image":
+                images += 1
+                yield kind, entry
+            elif kind is not None and not images:
+                containers.append((kind, entry))
+            else:
+                self.others[_suffix(entry.place)] += 1
+        if images:
+            self.others.update(_suffix(entry.place) for _, entry in containers)
+        else:
+            yield from containers
+
+    def _found(self) -> Iterator[Entry]:
+        if self.shape == "glob":
+            root = _fixed_part(self.place)
+            pattern = _compiled(self.place)
+            found = store.walk(root, enter=self._enter) if store.is_remote(root) or Path(root).is_dir() else iter(())
+            return (entry for entry in found if pattern.match(entry.place))
+        root = self.place
+        skipped = store.join(root, "masks") if _is_dataset_root(root) else None
+        return store.walk(root, enter=lambda folder: folder != skipped and self._enter(folder))
+
+    def _enter(self, folder: str) -> bool:
+        return folder != self.exclude
+
+
+def open_inputs(text: str, *, exclude: str | None = None) -> Inputs:
+    """Understand ``--input``.
+
+    Raises:
+        UsageError: there is nothing there.
+    """
+    place = store.place_of(text)
+    if store.is_remote(place):
+        if not _is_glob(place) and store.exists(place) and _remote_file(place):
+            return Inputs(place, _file_shape(place))
+        if _is_glob(place):
+            return Inputs(place, "glob", exclude)
+        if next(store.walk(place), None) is None:
+            raise UsageError(
+                f"--input {text}: no such object, and nothing below it; give a folder, a file, a list or a glob"
+            )
+        return Inputs(place, "folder", exclude)
+    if Path(place).is_dir():
+        return Inputs(place, "folder", exclude)
+    if Path(place).exists():
+        return Inputs(place, _file_shape(place))
+    if _is_glob(place):
+        return Inputs(place, "glob", exclude)
+    raise UsageError(f"--input {text}: no such file or folder; give a folder, a file, a list, a glob or an s3:// URI")
+
+
+def _suffix(place: str) -> str:
+    return PurePosixPath(store.name_of(place)).suffix.lower()
+
+
+def _kind(place: str) -> Kind | None:
+    name = store.name_of(place).lower()
+    if is_image_name(name):
+        return "image"
+    if name.endswith(PARQUET_SUFFIXES):
+        return "parquet"
+    return "tar" if name.endswith(TAR_SUFFIXES) else None
+
+
+def _file_shape(place: str) -> Literal["file", "list"]:
+    return "list" if _suffix(place) in LIST_SUFFIXES else "file"
+
+
+def _remote_file(place: str) -> bool:
+    files, path = store.filesystem(place)
+    return store.retried(place, lambda: files.isfile(path))
+
+
+def _single(place: str) -> Entry:
+    if not store.is_remote(place):
+        about = Path(place).stat()
+        return Entry(place, about.st_size, str(about.st_mtime_ns))
+    folder = place.rsplit("/", 1)[0]
+    return next(entry for entry in store.list_folder(folder) if entry.place == place)
+
+
+def _is_dataset_root(root: str) -> bool:
+    if store.is_remote(root):
+        return any(next(store.walk(store.join(root, split)), None) is not None for split in SPLITS)
+    return any(Path(root, split).is_dir() for split in SPLITS)
+
+
+def _is_glob(place: str) -> bool:
+    return any(character in place for character in "*?[")
+
+
+def _fixed_part(pattern: str) -> str:
+    """The folder before the first part of the pattern that holds a wildcard."""
+    parts = pattern.split("/")
+    first = next(k for k, part in enumerate(parts) if _is_glob(part))
+    return "/".join(parts[:first]) or "/"
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(glob_translate(pattern))
+
+
+def _list_entries(place: str) -> Iterator[Entry]:
+    """The entries of a list file, one for each line, in its order; relative paths count from the list's folder.
+
+    Local files are looked at for size and time; objects of a store are known by their names only, since one request for
+    each would take hours where a listing takes minutes.
+    """
+    folder = place.rsplit("/", 1)[0]
+    for name in _list_names(place):
+        if store.is_remote(name):
+            yield Entry(name, -1, "")
+            continue
+        found = store.place_of(name) if name.startswith("/") or name.startswith("file://") else store.join(folder, name)
+        if store.is_remote(found):
+            yield Entry(found, -1, "")
+            continue
+        found = os.path.normpath(found)
+        try:
+            about = Path(found).stat()
+        except (OSError, ValueError):
+            yield Entry(found, -1, "")
+        else:
+            yield Entry(found, about.st_size, str(about.st_mtime_ns))
+
+
+def _list_names(place: str) -> Iterator[str]:
+    with store.open_file(place) as raw:
+        # surrogateescape: names on a file system need not be UTF-8.
+        text = io.TextIOWrapper(raw, encoding="utf-8", errors="surrogateescape", newline="")
+        if _suffix(place) == ".txt":
+            for line in text:
+                if name := line.rstrip("\r\n").lstrip("\ufeff"):
+                    yield name
+            return
+        rows = csv.reader(text)
+        column = 0
+        for number, row in enumerate(rows):
+            if not number:
+                header = [name.strip().lower().lstrip("\ufeff") for name in row]
+                named = [header.index(name) for name in URI_NAMES if name in header]
+                if named:
+                    column = named[0]
+                    continue
+            if len(row) > column and row[column]:
+                yield row[column]

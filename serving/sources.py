@@ -1,0 +1,179 @@
+"""The images of one shard, one after the other, each with a way to get at its bytes."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.data.decode import ImageError
+from pipeline.data.listing import is_image_name
+from serving import store
+from serving.inputs import URI_NAMES
+from serving.plan import Shard
+from serving.roots import within
+
+BYTES_NAMES = ("image", "bytes", "image_bytes", "jpg", "jpeg", "png", "img", "data", "content")
+"""Names of a column of encoded images in Parquet, in order of preference."""
+OUTSIDE = "outside the roots of the service"
+READ_ROWS = 64
+"""Rows of a Parquet file that are in memory at a time."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input image."""
+
+    uri: str
+    read: Callable[[], bytes]
+    """Its encoded bytes; raises `ImageError` of kind ``unreadable``."""
+
+
+def sources(shard: Shard, *, column: str | None = None, roots: Sequence[str] = ()) -> Iterator[Source]:
+    """The inputs of a shard in order.
+
+    ``column``: the Parquet column to read, when it shall not be guessed.  ``roots``: with any, images outside them, which a
+    list or a link may name, are not read.
+    """
+    if roots and shard.source and not within(shard.source, roots):
+        yield Source(shard.source, _given(None, OUTSIDE))
+    elif shard.kind == "image":
+        yield from (Source(uri, _reader(uri, roots)) for uri in shard.uris)
+    elif shard.kind == "tar":
+        yield from _tar(shard.source)
+    else:
+        yield from _parquet(shard, column, roots)
+
+
+def printable(uri: str) -> str:
+    """A name as text that Parquet and JSON can hold: bytes that are no UTF-8 are written as escapes."""
+    return uri.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def _reader(place: str, roots: Sequence[str]) -> Callable[[], bytes]:
+    def read() -> bytes:
+        if roots and not within(place, roots):
+            raise ImageError("unreadable", OUTSIDE)
+        try:
+            return store.read_bytes(place)
+        except store.ReadError as error:
+            raise ImageError("unreadable", str(error)) from error
+
+    return read
+
+
+def _given(data: bytes | None, what: str = "the bytes are null") -> Callable[[], bytes]:
+    def read() -> bytes:
+        if data is None:
+            raise ImageError("unreadable", what)
+        return data
+
+    return read
+
+
+def _tar(place: str) -> Iterator[Source]:
+    """Members that are images, as ``<tar>#<member>``; damage ends in one more source, which says so."""
+    count = 0
+    try:
+        with store.open_file(place) as file, tarfile.open(fileobj=file, mode="r|*") as archive:
+            for member in archive:
+                if not (member.isreg() and is_image_name(member.name)):
+                    continue
+                count += 1
+                if member.size > store.MAX_BYTES:
+                    yield Source(
+                        f"{place}#{member.name}", _given(None, f"{member.size} bytes, the limit is {store.MAX_BYTES}")
+                    )
+                    continue
+                content = archive.extractfile(member)
+                data = content.read() if content else b""
+                if len(data) < member.size:
+                    raise tarfile.ReadError("unexpected end of data")
+                yield Source(f"{place}#{member.name}", _given(data))
+    except (tarfile.TarError, EOFError, OSError, store.ReadError) as error:
+        yield Source(place, _given(None, f"the archive is damaged after {count} images ({error})"))
+
+
+def _parquet(shard: Shard, column: str | None, roots: Sequence[str]) -> Iterator[Source]:
+    place = shard.source
+    try:
+        with store.open_file(place) as raw:
+            file = pq.ParquetFile(raw)
+            yield from _parquet_rows(file, shard, column, roots)
+    except (pa.ArrowException, OSError, store.ReadError) as error:
+        yield Source(place, _given(None, f"cannot be read as Parquet ({' '.join(str(error).split())[:200]})"))
+
+
+def _parquet_rows(file: pq.ParquetFile, shard: Shard, column: str | None, roots: Sequence[str]) -> Iterator[Source]:
+    content, name = image_columns(file.schema_arrow, column)
+    columns = [c for c in (content, name) if c is not None]
+    if not columns:
+        raise pa.ArrowInvalid(
+            f"no column of images or URIs among {', '.join(file.schema_arrow.names)}; name it with --column"
+        )
+    groups, start = _groups_of(file, shard)
+    row = start
+    for batch in file.iter_batches(READ_ROWS, row_groups=groups, columns=columns):
+        if row + batch.num_rows > shard.first and row < shard.last:
+            for offset, record in enumerate(batch.to_pylist()):
+                if shard.first <= row + offset < shard.last:
+                    yield _parquet_source(record, content, name, shard.source, row + offset, roots)
+        row += batch.num_rows
+        if row >= shard.last:
+            return
+
+
+def _groups_of(file: pq.ParquetFile, shard: Shard) -> tuple[list[int], int]:
+    """The row groups that hold the shard's rows, and the number of the first row in them."""
+    groups: list[int] = []
+    row = start = 0
+    for k in range(file.metadata.num_row_groups):
+        rows = file.metadata.row_group(k).num_rows
+        if row < shard.last and row + rows > shard.first:
+            if not groups:
+                start = row
+            groups.append(k)
+        row += rows
+    return groups, start
+
+
+def _parquet_source(
+    record: dict[str, Any], content: str | None, name: str | None, place: str, row: int, roots: Sequence[str]
+) -> Source:
+    folder = place.rsplit("/", 1)[0]
+    given = record.get(name) if name else None
+    if content is None:
+        if given is None:
+            return Source(f"{place}#{row}", _given(None, "the URI is null"))
+        uri = store.place_of(given) if store.is_remote(given) or given.startswith("/") else store.join(folder, given)
+        return Source(uri, _reader(uri, roots))
+    value = record[content]
+    data = value.get("bytes") if isinstance(value, dict) else value
+    return Source(str(given) if given is not None else f"{place}#{row}", _given(data))
+
+
+def image_columns(schema: pa.Schema, column: str | None) -> tuple[str | None, str | None]:
+    """(column of encoded images, column of names) of a Parquet schema.
+
+    With images, the names are what the rows are called; without, they are URIs that are read.  A column of images is of
+    type binary, or a struct with a binary field ``bytes``.  ``column`` decides for one column, whatever it is.
+    """
+    binary = [field.name for field in schema if _holds_bytes(field.type)]
+    text = [field.name for field in schema if pa.types.is_string(field.type) or pa.types.is_large_string(field.type)]
+    name = next((wanted for wanted in URI_NAMES if wanted in text), None)
+    if column is not None:
+        return (column, name) if column in binary else (None, column if column in text else None)
+    content = next((wanted for wanted in BYTES_NAMES if wanted in binary), None)
+    if content is None and name is None and len(binary) == 1:
+        content = binary[0]
+    return content, name
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)

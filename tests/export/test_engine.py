@@ -1,0 +1,113 @@
+"""`open_engine`: one interface for every kind of engine, and one clear line for everything that is none."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from export.engine import default_threads, open_engine
+from export.files import file_sha256
+from export.gpu import gpus
+from export.manifest import METADATA_KEY
+from pipeline.errors import UsageError
+
+
+def test_both_engines_describe_themselves_and_agree(exported, bundle):
+    graph, reference = open_engine(exported.path, threads=1), open_engine(bundle.path, provider="cpu", threads=1)
+    assert graph.info.sha256 == file_sha256(exported.path) and reference.info.sha256 == bundle.sha256
+    assert graph.info.bundle_sha256 == reference.info.bundle_sha256 == bundle.sha256
+    assert (graph.info.kind, reference.info.kind) == ("onnxruntime", "torch")
+    for name in ("input_size", "mask_size", "geometry", "class_names", "mean", "std", "precision"):
+        assert getattr(graph.info, name) == getattr(reference.info, name)
+    for one, two in zip(graph.infer(bundle.samples[:5]), reference.infer(bundle.samples[:5]), strict=True):
+        assert one.dtype == two.dtype == np.float32 and one.shape == two.shape
+        assert np.abs(one - two).max() < 1e-3
+
+
+def test_an_onnx_engine_needs_no_torch(exported):
+    code = (
+        "import sys, numpy as np; from export.engine import open_engine; "
+        f"engine = open_engine({str(exported.path)!r}, threads=1); "
+        "engine.infer(np.zeros((1, 64, 64, 3), np.uint8)); print('torch' in sys.modules)"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
+
+
+@pytest.mark.parametrize("images", [np.zeros((1, 32, 64, 3), np.uint8), np.zeros((1, 64, 64, 3), np.float32)])
+def test_images_that_do_not_fit_are_refused(exported, images):
+    with pytest.raises(ValueError, match=r"takes uint8 images \(N, 64, 64, 3\)"):
+        open_engine(exported.path, threads=1).infer(images)
+
+
+def test_threads_follow_the_environment(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert default_threads() == 3
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert default_threads() >= 1
+
+
+def damage(path, how: str):
+    """Files that are no engine, by name."""
+    if how == "truncated":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif how == "foreign":
+        value = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])
+        out = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])
+        graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "other", [value], [out])
+        onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+    elif how == "text":
+        path.write_text("not a model")
+    else:
+        model = onnx.load(path)
+        manifest = json.loads(model.metadata_props[0].value)
+        manifest |= {"newer": {"format": "onepass-engine/9"}, "misstated": {"mask_size": "x"}, "renamed": {}}[how]
+        model.metadata_props[0].value = json.dumps(manifest)
+        if how == "renamed":
+            for node in model.graph.node:
+                node.output[:] = ["saliency" if name == "mask" else name for name in node.output]
+            model.graph.output[1].name = "saliency"
+        onnx.save(model, path)
+
+
+@pytest.mark.parametrize(
+    "how, complaint",
+    [
+        ("truncated", "ONNX Runtime cannot load it"),
+        ("text", "ONNX Runtime cannot load it"),
+        ("foreign", f"ONNX file of something else .no '{METADATA_KEY}'"),
+        ("newer", "onepass-engine/9"),
+        ("misstated", "wrong at mask_size"),
+        ("renamed", "its outputs are .*saliency.*make it again with 'python -m export.onnx --model"),
+    ],
+)
+def test_damaged_and_foreign_files(exported, tmp_path, how, complaint):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(exported.path.read_bytes())
+    damage(path, how)
+    with pytest.raises(UsageError, match=complaint) as raised:
+        open_engine(path, threads=1)
+    assert "\n" not in str(raised.value)
+
+
+def test_what_is_no_engine_at_all(tmp_path):
+    (tmp_path / "model.bin").write_bytes(b"")
+    with pytest.raises(UsageError, match="no such engine"):
+        open_engine(tmp_path / "nothing.onnx")
+    with pytest.raises(UsageError, match="unknown kind of engine"):
+        open_engine(tmp_path / "model.bin")
+    with pytest.raises(UsageError, match=r"model\.json is missing"):
+        open_engine(tmp_path)
+
+
+@pytest.mark.skipif(bool(gpus()), reason="this machine has a GPU")
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_a_provider_that_is_not_there_is_an_error_and_no_fall_back(exported, bundle, provider):
+    for path in (exported.path, bundle.path):
+        with pytest.raises(UsageError, match=r"no NVIDIA GPU|runs in torch"):
+            open_engine(path, provider=provider)

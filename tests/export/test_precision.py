@@ -1,0 +1,175 @@
+"""Precision in the graph: what is lowered, what is kept, and what comes out."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, numpy_helper
+
+from export import precision as command
+from export.engine import open_engine
+from export.gate_images import from_samples
+from export.lowering import emulate, lower
+from export.precision import SMALL_LAYER, Rewriter, sensitive_nodes
+from export.source import from_graph
+from pipeline.errors import UsageError
+
+
+@pytest.fixture(scope="module")
+def source(exported):
+    return from_graph(exported.path)
+
+
+@pytest.fixture(scope="module")
+def images(bundle):
+    return from_samples(bundle.samples, 8)
+
+
+def nodes(model: onnx.ModelProto, kind: str) -> list[onnx.NodeProto]:
+    return [node for node in model.graph.node if node.op_type == kind]
+
+
+def weights(model: onnx.ModelProto, node: onnx.NodeProto) -> onnx.TensorProto:
+    """The stored weights of a layer, through a DequantizeLinear where there is one."""
+    makers = {output: maker for maker in model.graph.node for output in maker.output}
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    name = node.input[1]
+    while name not in constants:
+        name = makers[name].input[0]
+    return constants[name]
+
+
+def infer(model: onnx.ModelProto, images: np.ndarray, *, fuse: bool = True) -> list[np.ndarray]:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    if not fuse:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return [np.asarray(value) for value in session.run(None, {"image": images})]
+
+
+def test_sensitive_nodes_are_normalisation_resizes_and_the_end(source):
+    kept = sensitive_nodes(source.model)
+    kinds = Counter(node.op_type for node in source.model.graph.node if node.name in kept)
+    assert kinds == {"Cast": 1, "Transpose": 1, "Mul": 1, "Add": 1, "Resize": 2, "Conv": 1, "Sigmoid": 1, "Squeeze": 1}
+    last = next(node for node in nodes(source.model, "Conv") if node.name in kept)
+    assert "masker.final" in last.input[1]
+    assert len(sensitive_nodes(source.model, ["Gemm"]) - kept) == 1
+
+
+@pytest.mark.parametrize("kind, element", [("fp16", TensorProto.FLOAT16), ("bf16", TensorProto.BFLOAT16)])
+def test_lowered_graphs_keep_their_ports_and_halve_their_weights(source, kind, element):
+    kept = sensitive_nodes(source.model)
+    model = lower(source.model, kind, keep=kept)
+    onnx.checker.check_model(model, full_check=True)
+    types = [value.type.tensor_type.elem_type for value in (*model.graph.input, *model.graph.output)]
+    assert types == [TensorProto.UINT8, TensorProto.FLOAT, TensorProto.FLOAT]
+    stored = {node.name: weights(model, node).data_type for node in nodes(model, "Conv")}
+    assert Counter(stored.values()) == {element: len(stored) - 1, TensorProto.FLOAT: 1}
+    assert len(model.SerializeToString()) < 0.51 * len(source.model.SerializeToString())
+    assert len(nodes(model, "Cast")) <= 10  # none of them between two lowered nodes
+
+
+def test_rounding_to_bf16_is_to_the_nearest_even(source):
+    model = lower(source.model, "bf16")
+    lowered = numpy_helper.to_array(weights(model, nodes(model, "Conv")[0])).astype(np.float32)
+    exact = numpy_helper.to_array(weights(source.model, nodes(source.model, "Conv")[0]))
+    assert np.abs(lowered / exact - 1).max() <= 2**-8
+    assert abs((lowered - exact).mean()) < 1e-3 * np.abs(exact).mean()  # no drift, as truncation would have
+
+
+def test_emulation_has_the_values_of_the_real_thing(source, images):
+    kept = sensitive_nodes(source.model)
+    real = lower(source.model, "fp16", keep=kept)
+    exact, expected, found = (infer(m, images.images) for m in (source.model, real, emulate(real, "fp16")))
+    error = [np.abs(a - b).mean() for a, b in zip(expected, exact, strict=True)]
+    apart = [np.abs(a - b).mean() for a, b in zip(found, expected, strict=True)]
+    assert all(a < 2 * e for a, e in zip(apart, error, strict=True))  # roundings of the same size, not the same ones
+    rounded = infer(emulate(lower(source.model, "bf16"), "bf16"), images.images)[0]
+    assert np.array_equal(rounded.view(np.uint32) & 0xFFFF, np.zeros(rounded.shape, np.uint32))  # truly bf16 values
+
+
+def test_int8_for_the_cpu(source, images):
+    model = Rewriter(source.model, "int8-cpu", calibration=images).rewrite().model
+    assert Counter(weights(model, node).data_type for node in nodes(model, "Conv")) == {
+        TensorProto.INT8: 23,
+        TensorProto.FLOAT: 1,
+    }
+    zero = {numpy_helper.to_array(t).dtype for t in model.graph.initializer if t.name.endswith("_zero_point")}
+    assert np.dtype(np.uint8) in zero and np.dtype(np.int32) in zero  # unsigned activations, int32 bias
+    assert len(model.SerializeToString()) < 0.3 * len(source.model.SerializeToString())
+    expected, found = infer(source.model, images.images), infer(model, images.images)
+    assert np.abs(found[0] - expected[0]).max() < 0.5 * expected[0].std()
+    assert np.abs(found[1] - expected[1]).mean() < 0.05
+
+
+def test_int8_for_tensorrt(source, images):
+    made = Rewriter(source.model, "int8-tensorrt", calibration=images, quantiser="onnxruntime").rewrite()
+    model = made.model
+    types = Counter()
+    for node in nodes(model, "Conv"):
+        tensor = weights(model, node)
+        types[tensor.data_type] += 1
+        if tensor.data_type == TensorProto.INT8:
+            assert np.prod(tensor.dims) >= SMALL_LAYER
+    assert set(types) == {TensorProto.INT8, TensorProto.FLOAT16, TensorProto.FLOAT}
+    zeros = [t for t in model.graph.initializer if t.name.endswith("_zero_point")]
+    assert all(t.data_type == TensorProto.INT8 and not numpy_helper.to_array(t).any() for t in zeros)  # symmetric
+    assert made.details["quantised"] == types[TensorProto.INT8] and made.details["rest"] == "fp16"
+    expected, found = infer(source.model, images.images), infer(model, images.images)
+    assert np.abs(found[1] - expected[1]).mean() < 0.05
+
+
+def test_fp8(source, images):
+    model = Rewriter(source.model, "fp8", calibration=images, quantiser="onnxruntime").rewrite().model
+    assert TensorProto.FLOAT8E4M3FN in {weights(model, node).data_type for node in nodes(model, "Conv")}
+    expected, found = infer(source.model, images.images), infer(model, images.images, fuse=False)
+    assert np.abs(found[0] - expected[0]).mean() < 0.15 * expected[0].std()
+
+
+def test_restored_layers_are_one_step_higher(source, images):
+    rewriter = Rewriter(source.model, "int8-tensorrt", calibration=images, quantiser="onnxruntime")
+    large, small = rewriter.quantised_layers()[0], rewriter.candidates()[0]
+    assert small not in rewriter.quantised_layers()
+    model = rewriter.rewrite([large, small]).model
+    stored = {node.name: weights(model, node).data_type for node in nodes(model, "Conv")}
+    assert (stored[large], stored[small]) == (TensorProto.FLOAT16, TensorProto.FLOAT)
+
+
+def test_int8_without_images_and_unknown_operators(source):
+    with pytest.raises(UsageError, match=r"--precision int8 needs images to calibrate on.*--calib-data"):
+        Rewriter(source.model, "int8-tensorrt")
+    with pytest.raises(UsageError, match=r"--keep-fp32 Nonsense: the graph has no such operator; it has Add, Cast"):
+        Rewriter(source.model, "fp16", keep_ops=["Nonsense"])
+
+
+def test_the_command_writes_a_graph_that_says_what_it_is(bundle, exported, tmp_path, capsys):
+    out = tmp_path / "model.int8.onnx"
+    command.main(
+        [
+            "--model",
+            str(bundle.path),
+            "--out",
+            str(out),
+            "--precision",
+            "int8-cpu",
+            "--calib-images",
+            "8",
+            "--parity-images",
+            "8",
+            "--calib-method",
+            "minmax",
+        ]
+    )
+    assert "parity on 8 images" in capsys.readouterr().out
+    engine = open_engine(out, threads=1)
+    manifest = engine.info.manifest
+    assert engine.info.precision == "int8" and manifest["precision_details"]["name"] == "int8-cpu"
+    assert manifest["calibration"]["images"] == 8 and len(manifest["calibration"]["sha256"]) == 64
+    assert out.stat().st_size < 0.3 * exported.path.stat().st_size
+    with pytest.raises(UsageError, match="is int8 already; start from the float32 graph"):
+        from_graph(out)

@@ -1,0 +1,270 @@
+"""`export.trt`: real engines built by TensorRT-RTX, without a GPU; and everything that can be wrong with one."""
+
+from __future__ import annotations
+
+import json
+
+import onnx
+import pytest
+
+from export import doctor, parity, trt
+from export.build import BuildConfig, check_config, parse_profile
+from export.engine import open_engine
+from export.files import file_sha256
+from export.gpu import Gpu, gpus
+from export.manifest import Manifest, Profile, read_sidecar
+from export.plan_engine import check_fit
+from export.triton import configuration
+from pipeline.data.planted import write_planted
+from pipeline.errors import UsageError
+
+pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx, which the extra [dev] installs")
+without_gpu = pytest.mark.skipif(bool(gpus()), reason="this machine has a GPU")
+
+
+def build(bundle, out, *words: object) -> Manifest:
+    flags = ["--model", bundle.path, "--out", out, "--backend", "tensorrt-rtx", "--quantiser", "onnxruntime"]
+    trt.main([str(word) for word in (*flags, "--parity-images", 8, "--batch", "1,2,4", *words)])
+    return read_sidecar(out)
+
+
+@pytest.fixture(scope="module")
+def engines(bundle, tmp_path_factory):
+    """fp32, fp16 and int8 engines of one bundle: path by precision."""
+    folder = tmp_path_factory.mktemp("engines")
+    for name in ("fp32", "fp16", "int8"):
+        build(bundle, folder / f"{name}.plan", "--precision", name, "--calib-images", 8)
+    return {name: folder / f"{name}.plan" for name in ("fp32", "fp16", "int8")}
+
+
+def test_lower_precision_makes_smaller_engines(engines):
+    size = {name: path.stat().st_size for name, path in engines.items()}
+    assert size["fp16"] < 0.6 * size["fp32"]
+    assert size["int8"] < 0.45 * size["fp32"]
+
+
+def test_the_manifest_tells_all(engines, bundle):
+    path = engines["int8"]
+    manifest = read_sidecar(path)
+    assert manifest.kind == "tensorrt" and manifest.backend == "tensorrt-rtx"
+    assert manifest.engine_sha256 == file_sha256(path)
+    assert manifest.onnx_sha256 == file_sha256(path.with_name("int8.plan.onnx"))
+    assert manifest.bundle_sha256 == bundle.sha256
+    assert manifest.profiles == [Profile(min=1, opt=2, max=4)]
+    assert manifest.versions["tensorrt-rtx"] and manifest.build["bytes"] == path.stat().st_size
+    assert manifest.calibration is not None and manifest.calibration.images == 8
+    assert manifest.parity is not None and manifest.parity.passed
+    assert manifest.throughput is not None and set(manifest.throughput["images_per_second"]) == {"1", "2"}
+    assert manifest.rebuild.startswith("python -m export.trt --model") and "--precision int8" in manifest.rebuild
+
+
+@without_gpu
+def test_without_a_gpu_the_gate_runs_the_compiled_graph_and_says_so(engines, bundle, capsys, tmp_path):
+    manifest = read_sidecar(engines["fp16"])
+    assert manifest.parity is not None and manifest.gpu is None
+    assert any("no GPU here" in note and "ONNX Runtime" in note for note in manifest.parity.notes)
+    report = tmp_path / "r.html"
+    parity.main(
+        ["--model", str(bundle.path), "--engine", str(engines["fp16"]), "--images", "4", "--report", str(report)]
+    )
+    assert "no GPU here: judged fp16.plan.onnx" in capsys.readouterr().out
+    assert "no GPU here" in report.read_text()
+
+
+@without_gpu
+def test_bf16_is_built_and_emulated(bundle, tmp_path, capsys):
+    out = tmp_path / "model.plan"
+    manifest = build(bundle, out, "--precision", "bf16")
+    assert manifest.precision == "bf16" and manifest.opset == 22
+    assert "bf16 was emulated" in capsys.readouterr().out
+    trt.main(["--model", str(bundle.path), "--out", str(out), "--verify-only", "--parity-images", "4"])
+    assert "bf16 was emulated" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="is bf16, for which ONNX Runtime has kernels on a GPU only"):
+        open_engine(tmp_path / "model.plan.onnx")
+
+
+def test_search_restores_layers_until_the_loss_is_small(make_bundle, tmp_path, capsys):
+    bundle, data = make_bundle("timm:test_resnet"), tmp_path / "data"
+    write_planted(data, size=72, per_class_train=1, per_class_val=1)
+    words = ["--precision", "bf16", "--search", "--max-drop", 0.003, "--parity-data", data]
+    manifest = build(bundle, tmp_path / "model.plan", *words)
+    said = capsys.readouterr().out
+    assert "Pareto front" in said and "mask IoU" in said and ">" in said
+    assert manifest.precision_details["restored"]
+    assert manifest.parity is not None and manifest.parity.figures["mask_iou"] >= 0.997
+
+
+def test_flags_are_frozen():
+    flags = [option for action in trt.parser()._actions for option in action.option_strings]
+    assert flags == [
+        "-h", "--help", "--model", "--onnx", "--out", "--precision", "--fp16", "--int8", "--batch", "--backend",
+        "--calib-data", "--calib-images", "--calib-method", "--keep-fp32", "--quantiser", "--parity-data",
+        "--parity-images", "--max-drop", "--threads", "--report", "--search", "--opset", "--mask-dtype", "--workspace",
+        "--opt-level", "--timing-cache", "--version-compatible", "--hardware-compat", "--compute-capability", "--refit",
+        "--verify-only", "--triton",
+    ]  # fmt: skip
+
+
+def test_aliases_and_options_of_the_builder(exported, tmp_path, capsys):
+    out = tmp_path / "model.plan"
+    words = ["--onnx", exported.path, "--out", out, "--fp16", "--batch", "1", "--batch", "2,4,8", "--parity-images", 2]
+    words += ["--workspace", 512, "--opt-level", 1, "--compute-capability", "8.6,12.0", "--mask-dtype", "float"]
+    words += ["--backend", "tensorrt-rtx", "--report", "--triton", tmp_path / "triton"]
+    trt.main([str(word) for word in words])
+    manifest = read_sidecar(out)
+    assert manifest.precision == "fp16" and manifest.compute_capabilities == ["8.6", "12.0"]
+    assert [profile.max for profile in manifest.profiles] == [1, 8]
+    assert manifest.build["workspace_mib"] == 512 and manifest.build["opt_level"] == 1
+    assert manifest.parity is not None and manifest.parity.against == "onnxruntime fp32"
+    assert (tmp_path / "model.plan.parity.html").is_file() and (tmp_path / "model.plan.parity.json").is_file()
+    folder = tmp_path / "triton" / "model"
+    onnx.checker.check_model(str(folder / "1" / "model.onnx"))
+    assert "max_batch_size: 8" in (folder / "config.pbtxt").read_text()
+    assert len((folder / "labels.txt").read_text().splitlines()) == 10
+    assert 'platform: "tensorrt_plan"' in configuration("model", manifest, plan=True)
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--batch", "4,2"], "--batch 4,2: give min,opt,max"),
+        (["--compute-capability", "9.9"], "--compute-capability 9.9: tensorrt-rtx"),
+        (["--hardware-compat", "ampere+"], "--hardware-compat is TensorRT's"),
+        (["--version-compatible"], "--version-compatible is TensorRT's"),
+        (["--opt-level", "9"], "--opt-level 9"),
+        (["--workspace", "0"], "--workspace 0"),
+        (["--opset", "9"], "--opset 9"),
+        (["--keep-fp32", "Nonsense"], "--keep-fp32 Nonsense"),
+        (["--out", "model.onnx"], "has to end in .plan"),
+        (["--parity-images", "0"], "--parity-images 0"),
+    ],
+)
+def test_wrong_flags(exported, tmp_path, complaint, words, said):
+    flags = ["--onnx", exported.path, "--out", tmp_path / "model.plan", "--backend", "tensorrt-rtx"]
+    assert said in complaint(trt, *flags, *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_int8_with_neither_data_nor_samples(make_bundle, tmp_path, complaint):
+    bare = make_bundle(samples=0)
+    line = complaint(trt, "--model", bare.path, "--out", tmp_path / "model.plan", "--int8")
+    assert "needs images to calibrate on" in line and "--calib-data" in line
+
+
+def test_a_graph_that_is_none_of_ours(tmp_path, complaint):
+    path = tmp_path / "other.onnx"
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Relu", ["x"], ["y"])],
+        "other",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])],
+    )
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10), path)
+    assert "is an ONNX file of something else" in complaint(trt, "--onnx", path, "--out", tmp_path / "model.plan")
+
+
+def test_targets_that_cannot_be_written(bundle, exported, tmp_path, complaint, full_disk):
+    (tmp_path / "file").write_text("")
+    words = ("--onnx", exported.path, "--backend", "tensorrt-rtx", "--parity-images", 2, "--out")
+    assert "cannot write" in complaint(trt, *words, tmp_path / "file" / "model.plan")
+    assert "cannot write" in complaint(trt, *words, tmp_path / "out" / "model.plan")  # no room
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def copy_of(engine, folder, *suffixes: str):
+    for suffix in ("", *suffixes):
+        (folder / f"model.plan{suffix}").write_bytes(engine.with_name(engine.name + suffix).read_bytes())
+    return folder / "model.plan"
+
+
+def test_damaged_engines(engines, tmp_path, bundle, complaint):
+    alone = copy_of(engines["int8"], tmp_path)
+    with pytest.raises(UsageError, match=r"has no manifest model\.plan\.json beside it"):
+        open_engine(alone)
+    path = copy_of(engines["int8"], tmp_path, ".json")
+    path.write_bytes(path.read_bytes()[:100_000])
+    with pytest.raises(UsageError, match=r"truncated.*rebuild it with 'python -m export\.trt --model .*int8\.plan"):
+        open_engine(path)
+    path = copy_of(engines["int8"], tmp_path, ".json")
+    path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(UsageError, match=r"other bytes.*rebuild it with"):
+        open_engine(path)
+    path.with_name("model.plan.json").write_text("{")
+    with pytest.raises(UsageError, match="is no JSON"):
+        open_engine(path)
+    assert "is no JSON" in complaint(doctor, path, status=1)
+
+
+@without_gpu
+def test_a_whole_engine_without_a_gpu(engines, tmp_path, bundle, complaint):
+    path = copy_of(engines["int8"], tmp_path, ".json")
+    with pytest.raises(UsageError, match="needs an NVIDIA GPU"):
+        open_engine(path)
+    line = complaint(parity, "--model", bundle.path, "--engine", path)
+    assert "model.plan.onnx that it was compiled from is not beside it" in line
+
+
+def test_engines_of_another_version_or_gpu(engines):
+    path, manifest = engines["int8"], read_sidecar(engines["int8"])
+    version = manifest.versions["tensorrt-rtx"]
+    ada = Gpu("NVIDIA L4", "8.9", "13.2")
+    check_fit(path, manifest, version, ada)
+    with pytest.raises(UsageError, match=r"was built with tensorrt-rtx .*, here is 9\.9; rebuild it here with 'python"):
+        check_fit(path, manifest, "9.9", ada)
+    bound = manifest.model_copy(update={"compute_capabilities": ["12.0"]})
+    with pytest.raises(UsageError, match=r"compute capability 12\.0, NVIDIA L4 has 8\.9; rebuild it here"):
+        check_fit(path, bound, version, ada)
+    compiled = {"backend": "tensorrt", "gpu": "NVIDIA H200", "versions": {"tensorrt": "11.4.0"}}
+    theirs = manifest.model_copy(update=compiled)
+    with pytest.raises(UsageError, match="was built on NVIDIA H200, here is NVIDIA L4"):
+        check_fit(path, theirs, "11.4.0", ada)
+    roaming = {"hardware_compatibility": "ampere+", "version_compatible": True}
+    check_fit(path, theirs.model_copy(update={"build": manifest.build | roaming}), "11.5.0", ada)
+
+
+def test_tensorrt_itself_wants_a_gpu(tmp_path, complaint, exported):
+    words = ("--onnx", exported.path, "--out", tmp_path / "model.plan", "--backend", "tensorrt")
+    if not gpus():
+        line = complaint(trt, *words)
+        assert "tensorrt cannot be imported" in line or "tensorrt builds on the GPU" in line
+
+
+def test_profiles():
+    assert parse_profile("1,64,256") == Profile(min=1, opt=64, max=256)
+    assert parse_profile("8") == Profile(min=8, opt=8, max=8)
+    for wrong in ("", "a", "0,1,2", "3,2,1", "1,2,3,4"):
+        with pytest.raises(UsageError, match="--batch"):
+            parse_profile(wrong)
+
+
+def test_the_doctor_explains_every_artefact(engines, exported, bundle, tmp_path, capsys, complaint):
+    doctor.main([str(exported.path)])
+    said = capsys.readouterr().out
+    assert "an ONNX file" in said and "opset       onnx 20" in said and "usable here" in said
+    doctor.main([str(bundle.path)])
+    assert "torchvision:resnet18, 10 classes" in capsys.readouterr().out
+    doctor.main([f"{engines['int8']}.json"])
+    said = capsys.readouterr().out
+    assert "calibrated  on 8 images" in said and "tensorrt-rtx" in said and "parity      passed" in said
+    if not gpus():
+        assert "needs an NVIDIA GPU" in complaint(doctor, engines["int8"], status=1)
+    (tmp_path / "notes.txt").write_text("")
+    assert "nothing that this project writes" in complaint(doctor, tmp_path / "notes.txt", status=1)
+    assert "no such file" in complaint(doctor, tmp_path / "missing.onnx")
+
+
+def test_impossible_settings_are_refused_before_any_work():
+    from export.backend import load_backend
+
+    config = BuildConfig(profiles=(Profile(min=1, opt=1, max=1),), hardware_compatibility="same_cc")
+    with pytest.raises(UsageError, match="use --compute-capability"):
+        check_config(config, load_backend("tensorrt-rtx"))
+
+
+def test_manifests_are_json_with_a_frozen_set_of_keys(engines):
+    fields = json.loads(engines["fp32"].with_name("fp32.plan.json").read_text())
+    assert set(fields) == set(Manifest.model_fields)
+    assert set(fields["build"]) == {
+        "bytes", "seconds", "layers", "workspace_mib", "opt_level", "version_compatible", "hardware_compatibility",
+        "refit", "notes",
+    }  # fmt: skip

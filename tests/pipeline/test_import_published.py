@@ -1,0 +1,216 @@
+"""Checkpoints of the published layout become bundles; hostile and strange ones are refused with one line."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.models import resnet50
+
+from pipeline.bundle import load_bundle
+from pipeline.concrete import ConcreteConfig
+from pipeline.errors import UsageError
+from pipeline.import_published import main, read_checkpoint
+from pipeline.masker import Masker
+from pipeline.published import CHANNELS
+
+CA = {"masker_use_layers": "3,4", "prob_historic": 0.5, "fixed_classifier": False, "train_json": "train.json"}
+
+
+@pytest.fixture(scope="module")
+def classifier() -> nn.Module:
+    torch.manual_seed(0)
+    return resnet50(weights=None).eval()
+
+
+def random_masker(layers: tuple[int, ...], **options: Any) -> Masker:
+    torch.manual_seed(1)
+    return Masker(taps={layer: CHANNELS[layer] for layer in layers}, mask_size=(56, 56), **options).eval()
+
+
+def checkpoint(classifier: nn.Module, masker: Masker, args: Any, *, key: str = "state_dict_masker") -> dict[str, Any]:
+    return {
+        "epoch": 60,
+        "state_dict_classifier": classifier.state_dict(),
+        key: masker.state_dict(),
+        "optimizer_classifier": torch.optim.SGD(classifier.parameters(), lr=1e-3).state_dict(),
+        "optimizer_masker": torch.optim.Adam(masker.parameters()).state_dict(),
+        "args": args,
+    }
+
+
+def expected(classifier: nn.Module, masker: Masker, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits and native masks from the parts, without any backbone code of the product."""
+    maps: dict[int, Tensor] = {}
+    stages = ("maxpool", "layer1", "layer2", "layer3", "layer4")
+    hooks = [
+        classifier.get_submodule(name).register_forward_hook(lambda _m, _i, o, layer=layer: maps.update({layer: o}))
+        for layer, name in enumerate(stages)
+    ]
+    with torch.no_grad():
+        logits = classifier(x)
+        masks = masker.masks(masker(maps))
+    for hook in hooks:
+        hook.remove()
+    return logits, masks
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before-1.6"])
+def test_a_ca_checkpoint_becomes_a_bundle_with_the_same_outputs(classifier, tmp_path: Path, zipped: bool) -> None:
+    masker = random_masker((3, 4))
+    torch.save(checkpoint(classifier, masker, CA), tmp_path / "ca.chk", _use_new_zipfile_serialization=zipped)
+    main([str(tmp_path / "ca.chk"), "--out", str(tmp_path / "bundle")])
+    bundle = load_bundle(tmp_path / "bundle")
+    x = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(2))
+    logits, masks = bundle.model(x)
+    want_logits, want_masks = expected(classifier, masker, x)
+    torch.testing.assert_close(logits, want_logits)
+    torch.testing.assert_close(masks, want_masks)
+    assert masks.shape == (2, 1, 56, 56)
+    spec = bundle.spec
+    assert (spec.preset, spec.geometry, spec.input_size, spec.mask_size) == ("published", "crop", 224, 56)
+    assert (spec.class_names[0], spec.data_classes[0]) == ("tench", "n01440764")
+    assert spec.backbone.batchnorm == "train"
+    assert spec.training["epochs"] == 60 and "train_json" not in spec.training["options"]
+
+
+def test_a_predecessor_file_with_a_namespace_and_all_layers(classifier, tmp_path: Path) -> None:
+    masker = random_masker((0, 1, 2, 3, 4))
+    args = argparse.Namespace(adversarial=True, lambda_r=10.0, fixed_classifier=True)
+    content = checkpoint(classifier, masker, args, key="state_dict_decoder")
+    for name in [name for name in content["state_dict_decoder"] if name.endswith("num_batches_tracked")]:
+        del content["state_dict_decoder"][name]  # files of PyTorch 0.4 have none
+    torch.save(content, tmp_path / "casm.chk")
+    main([str(tmp_path / "casm.chk"), "--out", str(tmp_path / "bundle")])
+    bundle = load_bundle(tmp_path / "bundle")
+    x = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(bundle.model(x)[1], expected(classifier, masker, x)[1])
+    assert bundle.spec.training["ignored_options"] == ["adversarial"]
+    assert bundle.spec.backbone.batchnorm == "eval"
+
+
+def test_options_that_change_the_network_are_obeyed(classifier, tmp_path: Path) -> None:
+    masker = random_masker((4,), concrete=ConcreteConfig(), target_area=True, class_count=1000)
+    args = {
+        "masker_use_layers": "4",
+        "upsample": "bilinear",
+        "add_prob_layers": True,
+        "add_class_ids": True,
+        "apply_gumbel": True,
+        "apply_gumbel_tau": None,
+        "gumbel_output_mode": "sigmoid",
+    }
+    torch.save(checkpoint(classifier, masker, args), tmp_path / "x.chk")
+    main([str(tmp_path / "x.chk"), "--out", str(tmp_path / "bundle")])
+    spec = load_bundle(tmp_path / "bundle").spec
+    assert spec.masker.upsampling == "bilinear" and spec.masker.target_area and spec.masker.class_conditional
+    assert spec.masker.concrete == {"mode": "sigmoid", "temperature": 0.1}
+
+
+def test_a_classifier_from_elsewhere(classifier, tmp_path: Path) -> None:
+    content = checkpoint(classifier, random_masker((3, 4)), CA)
+    del content["state_dict_classifier"]
+    torch.save(content, tmp_path / "m.chk")
+    with pytest.raises(UsageError, match="--classifier FILE"):
+        main([str(tmp_path / "m.chk"), "--out", str(tmp_path / "bundle")])
+    with pytest.raises(UsageError, match=r"--classifier .*no such file"):
+        main([str(tmp_path / "m.chk"), "--out", str(tmp_path / "bundle"), "--classifier", str(tmp_path / "none.pt")])
+    torch.save(classifier.state_dict(), tmp_path / "resnet50.pt")
+    main([str(tmp_path / "m.chk"), "--out", str(tmp_path / "bundle"), "--classifier", str(tmp_path / "resnet50.pt")])
+    state = load_bundle(tmp_path / "bundle").model.backbone.state_dict()
+    torch.testing.assert_close(state["extractor.fc.weight"], classifier.state_dict()["fc.weight"])
+
+
+class Hostile:
+    """A pickle that creates a file when it is loaded carelessly."""
+
+    def __init__(self, call: Any, *arguments: Any) -> None:
+        self.reduced = (call, arguments)
+
+    def __reduce__(self) -> Any:
+        return self.reduced
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before-1.6"])
+@pytest.mark.parametrize("where", ["args", "top"])
+@pytest.mark.parametrize("call", [os.system, exec, subprocess.check_call, Path.touch], ids=lambda c: c.__name__)
+def test_a_hostile_file_is_refused_and_runs_nothing(tmp_path: Path, call: Any, where: str, zipped: bool) -> None:
+    bait = tmp_path / "owned"
+    argument: Any = {
+        os.system: f"touch {bait}",
+        exec: f"open({str(bait)!r}, 'w')",
+        subprocess.check_call: ["touch", str(bait)],
+        Path.touch: bait,
+    }[call]
+    hostile = Hostile(call, argument)
+    content = {"epoch": 1, "state_dict_masker": {}, "args": hostile} if where == "args" else hostile
+    torch.save(content, tmp_path / "evil.chk", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UsageError, match="refused: it asks for"):
+        read_checkpoint(tmp_path / "evil.chk")
+    assert not bait.exists()
+    torch.load(tmp_path / "evil.chk", weights_only=False)  # the bait is real
+    assert bait.exists()
+
+
+def test_the_command_refuses_with_status_2_and_one_line(tmp_path: Path) -> None:
+    torch.save(Hostile(os.system, f"touch {tmp_path / 'owned'}"), tmp_path / "evil.chk")
+    command = [sys.executable, "-m", "pipeline.import_published", tmp_path / "evil.chk", "--out", tmp_path / "bundle"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "evil.chk is refused" in done.stderr
+    assert not (tmp_path / "owned").exists() and not (tmp_path / "bundle").exists()
+
+
+def small(**more: Any) -> dict[str, Any]:
+    return {"epoch": 1, "state_dict_masker": OrderedDict(), "args": {}, **more}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (small(state_dict_generator={}, zoo=1), "unknown keys state_dict_generator, zoo"),
+        ({"epoch": 1, "args": {}}, "holds no masker"),
+        (small(), "holds no ResNet-50 classifier"),
+        ([1, 2], "holds a list"),
+    ],
+)
+def test_strange_checkpoints_are_named(tmp_path: Path, content: Any, message: str) -> None:
+    torch.save(content, tmp_path / "x.chk")
+    with pytest.raises(UsageError, match=message):
+        main([str(tmp_path / "x.chk"), "--out", str(tmp_path / "bundle")])
+
+
+def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no such file"):
+        read_checkpoint(tmp_path / "none.chk")
+    for content in (b"", b"not a pickle", b"PK\x03\x04 damaged"):
+        (tmp_path / "x.chk").write_bytes(content)
+        with pytest.raises(UsageError, match="not a readable PyTorch checkpoint"):
+            read_checkpoint(tmp_path / "x.chk")
+
+
+@pytest.mark.parametrize(
+    ("change", "args", "message"),
+    [
+        (lambda s: s.update({"final.9.weight": torch.zeros(1)}), CA, "has unknown tensors: final.9.weight"),
+        (lambda s: s.pop("final.0.bias"), CA, "lacks: final.0.bias"),
+        (lambda s: s.update({"final.0.bias": torch.zeros(2)}), CA, r"has other shapes: final.0.bias \(2,\)"),
+        (lambda s: None, {"masker_use_layers": "3,9"}, "names no layers of ResNet-50"),
+        (lambda s: None, {**CA, "upsample": "cubic"}, "upsample 'cubic' is not known"),
+        (lambda s: None, {}, "lacks: conv1x1_1.0.weight"),
+    ],
+)
+def test_a_masker_that_does_not_fit(classifier, tmp_path: Path, change: Any, args: Any, message: str) -> None:
+    content = checkpoint(classifier, random_masker((3, 4)), args)
+    change(content["state_dict_masker"])
+    torch.save(content, tmp_path / "x.chk")
+    with pytest.raises(UsageError, match=message):
+        main([str(tmp_path / "x.chk"), "--out", str(tmp_path / "bundle")])

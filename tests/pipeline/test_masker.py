@@ -1,0 +1,151 @@
+"""The masker beyond its recorded values: other sizes, layers and inputs; the concrete head."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pipeline.concrete import ConcreteConfig, ConcreteHead
+from pipeline.masker import Masker, default_mask_size
+
+
+def maps(taps: dict[int, int], *, count: int = 2, finest: int = 12) -> dict[int, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    return {i: torch.rand(count, c, *(2 * [max(finest >> i, 1)]), generator=g) for i, c in taps.items()}
+
+
+@pytest.mark.parametrize(
+    ("options", "parameters"),
+    [
+        ({"taps": {3: 1024, 4: 2048}}, 198_017),
+        ({"taps": {0: 64, 1: 256, 2: 512, 3: 1024, 4: 2048}}, 249_153),
+        ({"taps": {1: 256, 2: 512, 3: 1024, 4: 2048}}, 248_577),
+        ({"taps": {2: 512, 3: 1024, 4: 2048}}, 231_489),
+        ({"taps": {4: 2048}}, 131_777),
+        ({"taps": {3: 1024}}, 66_241),
+        ({"taps": {0: 64, 1: 256}}, 17_665),
+        ({"taps": {0: 64}}, 4_801),
+        ({"taps": {1: 256, 2: 512, 3: 1024, 4: 2048}, "target_area": True}, 248_833),
+        ({"taps": {3: 1024, 4: 2048}, "class_count": 1000}, 270_209),
+    ],
+)
+def test_parameters_are_those_of_the_papers_table(options: dict[str, Any], parameters: int) -> None:
+    assert sum(p.numel() for p in Masker(mask_size=(56, 56), **options).parameters()) == parameters
+
+
+@pytest.mark.parametrize("size", [(7, 7), (12, 20), (30, 16)])
+def test_any_mask_size(size: tuple[int, int]) -> None:
+    taps = {1: 5, 2: 6}
+    logits = Masker(taps=taps, mask_size=size)(maps(taps))
+    assert logits.shape == (2, 1, *size)
+
+
+def test_a_quarter_of_the_input_is_the_default_size() -> None:
+    assert [default_mask_size(s) for s in (224, 192, 64, 30)] == [56, 48, 16, 8]
+
+
+@pytest.mark.parametrize("taps", [{0: 64}, {0: 64, 1: 5}, {0: 7, 1: 5}], ids=str)
+@pytest.mark.parametrize("raw_first", [None, True, False])
+def test_conditions_reach_the_mask_with_layer_0_as_well(taps: dict[int, int], raw_first: bool | None) -> None:
+    masker = Masker(taps=taps, mask_size=(12, 12), target_area=True, class_count=3, raw_first=raw_first).eval()
+    features = maps(taps)
+    areas, labels = torch.tensor([0.3, 0.6]), torch.tensor([0, 2])
+    logits = masker(features, target_area=areas, labels=labels)
+    assert logits.shape == (2, 1, 12, 12)
+    for other in (
+        masker(features, target_area=areas + 0.1, labels=labels),
+        masker(features, target_area=areas, labels=torch.tensor([1, 1])),
+    ):
+        assert ((other - logits).abs().amax((1, 2, 3)) > 1e-4).all()
+
+
+def test_layer_0_is_taken_as_it_is_only_among_others_and_at_full_width() -> None:
+    def names(taps: dict[int, int], raw_first: bool | None = None) -> set[str]:
+        return {
+            name.split(".")[0] for name, _ in Masker(taps=taps, mask_size=(8, 8), raw_first=raw_first).named_modules()
+        }
+
+    assert "conv1x1_0" in names({0: 64})
+    assert "conv1x1_0" not in names({0: 64, 1: 5})
+    assert "conv1x1_0" in names({0: 24, 1: 5})
+    assert "conv1x1_0" in names({0: 64, 1: 5}, raw_first=False)
+    assert "conv1x1_0" not in names({0: 24, 1: 5}, raw_first=True)
+
+
+def test_conditions_must_be_passed_where_they_belong() -> None:
+    taps = {1: 5}
+    plain, conditioned = Masker(taps=taps, mask_size=(6, 6)), Masker(taps=taps, mask_size=(6, 6), target_area=True)
+    with pytest.raises(ValueError, match="target_area must be passed"):
+        conditioned(maps(taps))
+    with pytest.raises(ValueError, match="target_area must be passed"):
+        plain(maps(taps), target_area=torch.ones(2))
+    with pytest.raises(ValueError, match="labels must be passed"):
+        plain(maps(taps), labels=torch.ones(2, dtype=torch.long))
+    with pytest.raises(ValueError, match="at least one"):
+        Masker(taps={}, mask_size=(6, 6))
+
+
+def test_initialisation_is_the_published_one() -> None:
+    torch.manual_seed(0)
+    masker = Masker(taps={3: 1024, 4: 2048}, mask_size=(56, 56))
+    state = masker.state_dict()
+    assert state["conv1x1_4.0.weight"].std().item() == pytest.approx(math.sqrt(2 / 64), rel=0.02)
+    assert state["final.0.weight"].std().item() == pytest.approx(math.sqrt(2 / 9), rel=0.1)
+    assert (state["conv1x1_3.1.weight"] == 1).all() and (state["conv1x1_3.1.bias"] == 0).all()
+
+
+def test_the_norm_is_the_callers() -> None:
+    masker = Masker(taps={1: 5, 2: 6}, mask_size=(6, 6), norm=lambda channels: nn.GroupNorm(4, channels))
+    assert sum(isinstance(m, nn.GroupNorm) for m in masker.modules()) == 2
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in masker.modules())
+
+
+def concrete(mode: str, temperature: float | None = 0.1) -> Masker:
+    torch.manual_seed(0)
+    config = ConcreteConfig(mode=mode, temperature=temperature)  # pyright: ignore[reportArgumentType]
+    return Masker(taps={1: 5}, mask_size=(6, 6), concrete=config)
+
+
+def test_hard_masks_are_zero_or_one_and_carry_a_gradient() -> None:
+    masker = concrete("hard").train()
+    logits = masker(maps({1: 5}))
+    first, again, other = (masker.masks(logits, torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    assert set(first.unique().tolist()) <= {0.0, 1.0}
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    first.sum().backward()
+    weight = masker.get_parameter("final.conv.weight")
+    assert weight.grad is not None and weight.grad.abs().sum() > 0
+    assert torch.equal(masker.eval().masks(logits), (logits > 0).float())
+
+
+def test_samples_follow_the_logits() -> None:
+    head = ConcreteHead(3, ConcreteConfig()).train()
+    logits = torch.tensor([-2.0, 0.0, 1.0]).repeat(20_000, 1)
+    share = head.masks(logits, torch.Generator().manual_seed(0)).mean(0)
+    torch.testing.assert_close(share, torch.sigmoid(logits[0]), atol=0.02, rtol=0)
+
+
+def test_modes_without_noise() -> None:
+    logits = torch.linspace(-3, 3, 7)
+    for mode, expected in (("sigmoid", torch.sigmoid(logits)), ("logits", logits)):
+        for training in (True, False):
+            assert torch.equal(concrete(mode).train(training).masks(logits), expected)
+    torch.testing.assert_close(concrete("soft", 0.5).eval().masks(logits), torch.sigmoid(2 * logits))
+
+
+def test_a_learned_temperature_starts_at_a_tenth_and_learns() -> None:
+    masker = concrete("soft", None).train()
+    tau = masker.get_parameter("final.tau")
+    assert tau.item() == pytest.approx(0.1)
+    masker.masks(masker(maps({1: 5})), torch.Generator().manual_seed(0)).sum().backward()
+    assert tau.grad is not None and tau.grad != 0
+
+
+@pytest.mark.parametrize("options", [{"mode": "firm"}, {"temperature": 0.0}, {"temperature": -1.0}])
+def test_wrong_concrete_settings_are_quoted(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=str(next(iter(options.values())))):
+        ConcreteConfig(**options)

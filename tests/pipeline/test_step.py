@@ -1,0 +1,191 @@
+"""The joint step: gradients first, the population really used, the frozen classifier really frozen."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pipeline.area_price import AreaPriceConfig, next_price
+from pipeline.backbone import choose_taps, create_classifier, pyramid, tap_classifier
+from pipeline.fills import Zero
+from pipeline.masking import mask_in, mask_out, upsample
+from pipeline.model import SaliencyModel, build_masker
+from pipeline.objectives import side_loss
+from pipeline.population import Population, PopulationConfig
+from pipeline.presets import PRESETS, Preset
+from pipeline.spec import MaskerSpec
+from pipeline.step import Batch, JointStep
+
+SIZE, CLASSES = 32, 4
+
+
+def a_model() -> SaliencyModel:
+    torch.manual_seed(0)
+    classifier = create_classifier("torchvision", "resnet18", outputs=CLASSES, arguments={})
+    maps = pyramid("torchvision", classifier, SIZE)
+    backbone = tap_classifier("torchvision", classifier, choose_taps(maps, (1, 2)), last_map=maps[-1].module)
+    masker = build_masker(MaskerSpec(), backbone, mask_size=8, classes=CLASSES)
+    return SaliencyModel(backbone=backbone, masker=masker).double()
+
+
+def a_step(model: SaliencyModel, preset: Preset, population: Population | None = None, **changes) -> JointStep:
+    options = {
+        "model": model,
+        "preset": preset,
+        "fill": Zero(),
+        "blank": torch.zeros(1, 3, SIZE, SIZE, dtype=torch.float64),
+        "population": population,
+        "batchnorm": "eval",
+        "trains_classifier": preset.classifier == "joint",
+        "scratch": False,
+    }
+    return JointStep(**(options | changes))
+
+
+def a_batch(seed: int = 0) -> Batch:
+    random = np.random.default_rng(seed)
+    labels = torch.from_numpy(random.integers(0, CLASSES, 6))
+    return Batch(torch.from_numpy(random.standard_normal((6, 3, SIZE, SIZE))), labels)
+
+
+def state(module: torch.nn.Module) -> dict[str, Tensor]:
+    return copy.deepcopy(module.state_dict())
+
+
+def test_gradients_are_those_of_the_equations() -> None:
+    """The published loss, written out by hand, with the step's gradients from before any update."""
+    model = a_model()
+    preset = replace(PRESETS["ca"], relative_units=False, price=AreaPriceConfig(rule="fixed", initial=3.0))
+    step = a_step(model, preset)
+    batch = a_batch()
+    losses = step.losses(batch, divisor=6, phase="joint", drawn=None)
+    masker_gradients, classifier_gradients = step.gradients(losses)
+
+    model.backbone.eval()
+    logits, features = model.backbone(batch.images)
+    native = torch.sigmoid(model.masker({k: v.detach() for k, v in features.items()}))
+    mask = upsample(native, (SIZE, SIZE))
+    total, classifier = torch.zeros((), dtype=torch.float64), F.cross_entropy(logits, batch.labels)
+    for config, masked in (
+        (preset.mask_in, mask_in(batch.images, mask)),
+        (preset.mask_out, mask_out(batch.images, mask)),
+    ):
+        assert config is not None
+        z = model.backbone(masked).logits
+        total = (
+            total
+            + side_loss(
+                replace(config, lambda_area=3.0 * config.lambda_area),
+                mask=mask,
+                logits_masked=z,
+                logits_clean=logits.detach(),
+                labels=batch.labels,
+            ).total
+        )
+        classifier = classifier + F.cross_entropy(z, batch.labels)
+    expected = torch.autograd.grad(total, list(model.masker.parameters()), retain_graph=True)
+    for mine, theirs in zip(masker_gradients, expected, strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-9)
+    expected = torch.autograd.grad(classifier, list(model.backbone.parameters()), allow_unused=True)
+    for mine, theirs in zip(classifier_gradients, expected, strict=True):
+        assert torch.allclose(mine, torch.zeros_like(mine) if theirs is None else theirs, atol=1e-9)
+
+
+def test_fix_leaves_the_classifier_alone() -> None:
+    model = a_model()
+    before, masker_before = state(model.backbone), state(model.masker)
+    step = a_step(model, PRESETS["fix"])
+    for number in range(3):
+        step(a_batch(number), step=number, divisor=6, phase="joint", course=0.1)
+    after = model.backbone.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before), "statistics of BatchNorm included"
+    assert not all(torch.equal(v, model.masker.state_dict()[k]) for k, v in masker_before.items())
+    assert all(p.grad is None for p in model.backbone.parameters())
+
+
+def test_ca_moves_both_and_masked_pictures_leave_the_statistics_alone() -> None:
+    model = a_model()
+    step = a_step(model, PRESETS["ca"], batchnorm="train")
+    twin = copy.deepcopy(model)
+    batch = a_batch()
+    step(batch, step=0, divisor=6, phase="joint", course=0.1)
+    twin.backbone.train()
+    twin.backbone(batch.images)  # the clean pass alone
+    name = "extractor.bn1.running_mean"
+    assert torch.allclose(model.backbone.state_dict()[name], twin.backbone.state_dict()[name])
+    assert not torch.equal(
+        model.backbone.state_dict()["extractor.conv1.weight"], twin.backbone.state_dict()["extractor.conv1.weight"]
+    )
+
+
+def test_a_drawn_classifier_judges_the_masks() -> None:
+    """With the population in use, the masker's loss is that of the drawn state and not of the current one."""
+    model = a_model()
+    population = Population(config=PopulationConfig(probability=1.0, save_every=1, size=1), seed=0)
+    step = a_step(model, PRESETS["ca"], population)
+    population.observe(0, model.backbone)
+    with torch.no_grad():
+        for parameter in model.backbone.parameters():
+            parameter.mul_(1.3)  # the current classifier moves away from the snapshot
+    batch = a_batch()
+    current = step.losses(batch, divisor=6, phase="joint", drawn=None)
+    drawn = step.losses(batch, divisor=6, phase="joint", drawn=population.draw(5))
+    assert float(current.logs["mask_mean"]) == float(drawn.logs["mask_mean"])
+    assert float(current.masker) != float(drawn.masker)  # pyright: ignore[reportArgumentType]
+    logits, features = model.backbone.eval()(batch.images)
+    mask = upsample(torch.sigmoid(model.masker({k: v.detach() for k, v in features.items()})), (SIZE, SIZE))
+    judge = population.network(0, model.backbone)
+    right = judge(mask_in(batch.images, mask)).logits.argmax(1) == batch.labels
+    assert float(drawn.logs["in_right"]) == pytest.approx(float(right.double().mean()))
+    # and the classifier is then trained on the clean pictures alone
+    assert drawn.classifier is not None
+    assert float(drawn.classifier) == pytest.approx(float(F.cross_entropy(logits, batch.labels)))
+
+
+def test_population_draws_depend_on_seed_and_step_alone() -> None:
+    network = torch.nn.Linear(2, 2)
+
+    def filled(seed: int) -> Population:
+        population = Population(config=PopulationConfig(probability=0.5, save_every=2, size=3), seed=seed)
+        for step in range(20):
+            with torch.no_grad():
+                network.weight.fill_(step)
+            population.observe(step, network)
+        return population
+
+    one, two, other = filled(0), filled(0), filled(1)
+    assert len(one.snapshots) == 3
+    draws = [one.draw(step) for step in range(200)]
+    assert draws == [two.draw(step) for step in range(200)]
+    assert draws != [other.draw(step) for step in range(200)]
+    used = [draw for draw in draws if draw is not None]
+    assert 60 < len(used) < 140 and set(used) == {0, 1, 2}
+    for a, b in zip(one.snapshots, two.snapshots, strict=True):
+        assert torch.equal(a["weight"], b["weight"])
+    restored = Population(config=one.config, seed=0)
+    restored.restore(one.state())
+    assert torch.equal(restored.network(1, network).weight, one.snapshots[1]["weight"])
+
+
+def test_the_price_holds_what_it_is_told_to_hold() -> None:
+    config = AreaPriceConfig(rule="entropy", target=0.8, sufficiency=0.8)
+
+    def moved(config: AreaPriceConfig, hidden: float, shown: float, area: float, price: float = 1.0) -> float:
+        return next_price(config, price, entropy_share=hidden, sufficiency=shown, mean_area=area)
+
+    assert moved(config, 0.9, 1.0, 0.5) > 1.0, "hides more than asked and shows enough: area gets dearer"
+    assert moved(config, 0.7, 1.0, 0.5) < 1.0, "hides too little"
+    assert moved(config, 0.9, 0.5, 0.5) < 1.0, "shows too little"
+    assert moved(config, 0.99, 1.0, 0.01) < 1.0, "a vanishing mask gets cheaper"
+    assert moved(replace(config, rule="fixed"), 0.9, 1.0, 0.5) == 1.0
+    assert moved(config, 1.0, 1.0, 1.0, config.highest) == config.highest
+    assert moved(AreaPriceConfig(rule="area", target=0.3), 0.0, 0.0, 0.5) > 1.0
+    for wrong in ({"rule": "magic"}, {"target": 1.5}, {"initial": 0.0}):
+        with pytest.raises(ValueError, match="area price"):
+            AreaPriceConfig(**wrong)

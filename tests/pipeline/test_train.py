@@ -1,0 +1,203 @@
+"""`python -m pipeline.train` for real: on a local Ray, resumed, submitted as a job, and refused with one line."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.bundle import load_bundle
+from pipeline.data.planted import write_planted
+from pipeline.train import parse_workers, parser
+
+ENVIRONMENT = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "CUDA_VISIBLE_DEVICES": "", "RAY_ADDRESS": "local"}
+SMALL = ("--init", "resnet18", "--image-size", "32", "--batch-size", "8")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("planted")
+    write_planted(root, seed=0, size=48, per_class_train=4, per_class_val=1)
+    return root
+
+
+def train(*arguments: object, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pipeline.train", *(str(a) for a in arguments)]
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def test_the_flags_are_frozen() -> None:
+    flags = {option for action in parser()._actions for option in action.option_strings}
+    assert flags == {
+        "-h", "--help", "--preset", "--data", "--out", "--init", "--init-arg", "--weights", "--mean", "--std",
+        "--batchnorm", "--class-map", "--class-names", "--per-class", "--image-size", "--geometry", "--layers",
+        "--size-target", "--batch-size", "--epochs", "--steps", "--budget", "--workers", "--gpu", "--precision",
+        "--checkpoint-every", "--seed",
+    }  # fmt: skip
+    assert parse_workers("3") == 3 and parse_workers("1:4") == (1, 4)
+
+
+@pytest.mark.timeout(1500)
+def test_trains_and_resumes(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    arguments = ("--preset", "ca", "--data", data, "--out", out, *SMALL, "--checkpoint-every", "1s")
+    first = train(*arguments, "--steps", 6)
+    assert first.returncode == 0, first.stderr[-2000:]
+    bundle = load_bundle(out / "bundle")
+    assert bundle.spec.preset == "ca" and bundle.spec.training["steps"] == 6
+    assert bundle.samples is not None and bundle.samples.shape == (40, 32, 32, 3)
+    assert set(bundle.spec.mask_statistics) == {"area", "entropy", "off_centre"}
+    again = train(*arguments, "--steps", 9)
+    assert again.returncode == 0, again.stderr[-2000:]
+    with (out / "log.csv").open() as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file)]
+    assert steps == list(range(1, 10)), "the second run went on where the first one ended"
+    other = train(*arguments, "--steps", 9, "--seed", 5)
+    assert other.returncode == 2 and "another seed" in other.stderr and other.stderr.count("\n") == 1
+
+
+@pytest.mark.timeout(1500)
+def test_a_class_map_keeps_the_classifier_head(data: Path, tmp_path: Path) -> None:
+    import timm
+    from safetensors.torch import save_file
+
+    classifier = timm.create_model("resnet18", num_classes=20)
+    save_file(classifier.state_dict(), tmp_path / "mine.safetensors")
+    folders = sorted(path.name for path in (data / "train").iterdir())
+    rows = "".join(f"{folder},{19 - k}\n" for k, folder in enumerate(folders))
+    (tmp_path / "map.csv").write_text("folder,index\n" + rows)
+    result = train(
+        *("--preset", "fix", "--data", data, "--out", tmp_path / "run", "--init", "timm:resnet18", "--steps", 2),
+        *("--weights", tmp_path / "mine.safetensors", "--class-map", tmp_path / "map.csv", "--image-size", 32),
+        *("--batch-size", 4, "--mean", "0.5,0.5,0.5", "--std", "0.25,0.25,0.25"),
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    bundle = load_bundle(tmp_path / "run/bundle")
+    spec = bundle.spec
+    assert spec.backbone.outputs == 20 and spec.class_index == [19 - k for k in range(10)]
+    assert spec.class_names[19] == folders[0] and spec.class_names[0] == "class 0"
+    assert spec.std == (0.25, 0.25, 0.25) and spec.backbone.batchnorm == "eval"
+    kept = bundle.model.backbone.state_dict()
+    for name, value in classifier.state_dict().items():
+        assert np.array_equal(kept[f"extractor.{name}"], value), f"{name} of a frozen classifier moved"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--data", "/nowhere"), "/nowhere"),
+        (("--init", "resnet9000"), "resnet9000"),
+        (("--weights", "missing.pt"), "missing.pt"),
+        (("--workers", "4:1"), "--workers 4:1"),
+        (("--budget", "soon"), "--budget soon"),
+        (("--mean", "1,2"), "--mean 1,2"),
+        (("--layers", "9"), "--layers 9"),
+        (("--class-map", "nothing.csv"), "nothing.csv"),
+        (("--preset", "best"), "--preset"),
+        (("--init-arg", "pad"), "--init-arg pad"),
+    ],
+)
+def test_wrong_use_is_one_line_and_status_2(
+    data: Path, tmp_path: Path, arguments: tuple[str, ...], words: str, capsys
+) -> None:
+    from pipeline.cli import run
+    from pipeline.train import main
+
+    command = [
+        "--data",
+        str(data),
+        "--out",
+        str(tmp_path / "run"),
+        "--init",
+        "resnet18",
+        "--image-size",
+        "32",
+        *arguments,
+    ]
+    with pytest.raises(SystemExit) as end:
+        run(main, "pipeline.train", command)
+    stderr = capsys.readouterr().err
+    assert end.value.code == 2
+    assert words in stderr and stderr.count("\n") == 1, stderr
+    assert not (tmp_path / "run").exists()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.timeout(1500)
+def test_as_a_submitted_job(data: Path, tmp_path: Path) -> None:
+    """`ray job submit -- python -m pipeline.train ...` against a cluster of its own, ended by its process group."""
+    binaries = Path(sys.executable).parent
+    token = tmp_path / "token"
+    token.write_text("t" * 32)
+    environment = ENVIRONMENT | {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "PATH": f"{binaries}:{os.environ['PATH']}",
+        "RAY_TMPDIR": str(tmp_path)[:40],
+    }
+    environment.pop("RAY_ADDRESS", None)
+    port, dashboard = 6401, free_port()
+    while 10000 <= dashboard <= 19999:  # Ray's own worker ports
+        dashboard = free_port()
+    head = subprocess.Popen(
+        [
+            *(binaries / "ray", "start", "--head", "--block", "--num-cpus", "2", "--port", str(port)),
+            *(
+                "--dashboard-host",
+                "127.0.0.1",
+                "--dashboard-port",
+                str(dashboard),
+                "--temp-dir",
+                f"/tmp/ray-{os.getpid()}",
+            ),
+        ],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        submit = [binaries / "ray", "job", "submit", "--address", f"http://127.0.0.1:{dashboard}", "--"]
+        command = [
+            *(sys.executable, "-m", "pipeline.train", "--preset", "fix", "--data", str(data)),
+            *("--out", str(tmp_path / "run"), "--steps", "3", *SMALL),
+        ]
+        deadline = time.monotonic() + 60
+        while True:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", dashboard)) == 0:
+                    break
+            assert time.monotonic() < deadline, "the dashboard did not come up"
+            time.sleep(0.5)
+        for attempt in range(5):  # the port opens before the job server behind it
+            result = subprocess.run(
+                [*submit, *command], env=environment, capture_output=True, text=True, timeout=600, check=False
+            )
+            if result.returncode == 0 or "Error" not in result.stderr or attempt == 4:
+                break
+            time.sleep(3)
+        assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+        assert "model bundle:" in result.stdout
+        assert json.loads((tmp_path / "run/bundle/model.json").read_text())["preset"] == "fix"
+    finally:
+        os.killpg(head.pid, signal.SIGTERM)
+        try:
+            head.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(head.pid, signal.SIGKILL)
+        shutil.rmtree(f"/tmp/ray-{os.getpid()}", ignore_errors=True)

@@ -1,0 +1,168 @@
+"""What counts as an input, of every shape that ``--input`` may have."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.data.decode import ImageError
+from pipeline.data.listing import list_images
+from pipeline.errors import UsageError
+from serving.inputs import open_inputs
+from serving.plan import cut
+from serving.sources import printable, sources
+
+AWKWARD = [
+    "a b.jpg",
+    "ünï🦊.PNG",
+    "[x].jpeg",
+    "100%25.jpg",
+    "q?uery.jpg",
+    "ha#sh.webp",
+    "sub/deep/z.TIFF",
+    ".hidden.jpg",
+]
+
+
+def places(inputs) -> list[str]:
+    return [entry.place for _, entry in inputs.entries()]
+
+
+@pytest.fixture
+def awkward(tmp_path: Path) -> Path:
+    root = tmp_path / "in put"
+    for name in AWKWARD:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"x")
+    (root / "notes.md").write_text("no image")
+    (root / "labels.parquet").write_text("not even Parquet")
+    return root
+
+
+def test_folder_lists_images_and_counts_the_rest(awkward: Path) -> None:
+    os.mkfifo(awkward / "pipe.jpg")
+    (awkward / "lost.jpg").symlink_to(awkward / "nowhere")
+    (awkward / "loop").symlink_to(awkward)
+    inputs = open_inputs(str(awkward))
+    assert sorted(places(inputs)) == sorted(str(awkward / name) for name in [*AWKWARD, "lost.jpg"])
+    assert inputs.others == {".md": 1, ".parquet": 1, ".jpg": 1}
+    listing = list_images(awkward)
+    assert sorted(places(inputs)) == [f"{awkward}/{path}" for path in sorted(listing.paths)]
+    assert listing.skipped == sum(inputs.others.values())
+
+
+def test_masks_of_a_data_set_root_are_no_inputs(tmp_path: Path) -> None:
+    for name in ("train/a/1.jpg", "val/a/2.jpg", "masks/val/a/2.png", "train/masks/3.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    assert places(open_inputs(str(tmp_path))) == [
+        str(tmp_path / n) for n in ("train/a/1.jpg", "train/masks/3.png", "val/a/2.jpg")
+    ]
+
+
+def test_glob_file_and_the_output_inside_the_input(awkward: Path) -> None:
+    assert places(open_inputs(f"{awkward}/*.jpg")) == [
+        str(awkward / n) for n in sorted(AWKWARD) if "/" not in n and n.endswith(".jpg")
+    ]
+    assert places(open_inputs(f"{awkward}/**/*.TIFF")) == [str(awkward / "sub/deep/z.TIFF")]
+    assert places(open_inputs(f"{awkward}/[[]x].jpeg")) == [str(awkward / "[x].jpeg")]
+    assert places(open_inputs(str(awkward / "[x].jpeg"))) == [str(awkward / "[x].jpeg")]
+    assert str(awkward / "sub/deep/z.TIFF") not in places(open_inputs(str(awkward), exclude=str(awkward / "sub")))
+
+
+def test_lists_keep_their_order_and_their_doubles(awkward: Path) -> None:
+    text = awkward / "list.txt"
+    text.write_text("ünï🦊.PNG\n\na b.jpg\r\na b.jpg\n/no/such.jpg\ns3://bucket/k.jpg\n", encoding="utf-8")
+    expected = [
+        str(awkward / "ünï🦊.PNG"),
+        str(awkward / "a b.jpg"),
+        str(awkward / "a b.jpg"),
+        "/no/such.jpg",
+        "s3://bucket/k.jpg",
+    ]
+    assert places(open_inputs(str(text))) == expected
+    table = awkward / "list.csv"
+    table.write_text('label,path\n1,"a b.jpg"\n2,[x].jpeg\n')
+    assert places(open_inputs(str(table))) == [str(awkward / "a b.jpg"), str(awkward / "[x].jpeg")]
+    shards = list(cut(open_inputs(str(text)).entries(), version="v", shard_size=2))
+    assert len({shard.key for shard in shards}) == len(shards)
+    assert [uri for shard in shards for uri in shard.uris] == expected
+
+
+def test_parquet_of_bytes_structs_and_uris(tmp_path: Path) -> None:
+    (tmp_path / "one.jpg").write_bytes(b"one")
+    pq.write_table(pa.table({"path": ["p", "q"], "image": [b"1", None]}), tmp_path / "bytes.parquet")
+    structs = pa.array([{"bytes": b"s", "path": "x"}, {"bytes": None, "path": None}])
+    pq.write_table(pa.table({"image": structs, "label": [1, 2]}), tmp_path / "structs.parquet")
+    pq.write_table(pa.table({"uri": ["one.jpg", "/no.jpg", None]}), tmp_path / "uris.parquet")
+
+    def read(name: str) -> list[tuple[str, bytes | str]]:
+        found: list[tuple[str, bytes | str]] = []
+        for shard in cut(open_inputs(str(tmp_path / name)).entries(), version="v", shard_size=10):
+            assert shard.rows == sum(1 for _ in sources(shard))
+            for source in sources(shard):
+                try:
+                    found.append((source.uri, source.read()))
+                except ImageError as error:
+                    found.append((source.uri, error.kind))
+        return found
+
+    assert read("bytes.parquet") == [("p", b"1"), ("q", "unreadable")]
+    place = f"{tmp_path}/structs.parquet"
+    assert read("structs.parquet") == [(f"{place}#0", b"s"), (f"{place}#1", "unreadable")]
+    place = f"{tmp_path}/uris.parquet"
+    assert read("uris.parquet") == [
+        (f"{tmp_path}/one.jpg", b"one"),
+        ("/no.jpg", "unreadable"),
+        (f"{place}#2", "unreadable"),
+    ]
+
+
+def test_parquet_is_cut_at_row_groups_and_within_large_ones(tmp_path: Path) -> None:
+    table = pa.table({"image": [bytes([k]) for k in range(100)]})
+    for group_size in (7, 100):
+        path = tmp_path / f"{group_size}.parquet"
+        pq.write_table(table, path, row_group_size=group_size)
+        shards = list(cut(open_inputs(str(path)).entries(), version="v", shard_size=10))
+        assert len(shards) > 4
+        assert [source.read()[0] for shard in shards for source in sources(shard)] == list(range(100))
+
+
+def test_webdataset_and_damaged_containers_become_rows(tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    (tmp_path / "x.jpg").write_bytes(b"x" * 5000)
+    with tarfile.open(folder / "a.tar", "w") as archive:
+        for name in ("k/1.jpg", "k/1.cls", "k/ü.png"):
+            archive.add(tmp_path / "x.jpg", name)
+    (folder / "b.tar").write_bytes((folder / "a.tar").read_bytes()[:8000])
+    (folder / "broken.parquet").write_bytes(b"PAR1 no")
+    inputs = open_inputs(str(folder))
+    found = [source for shard in cut(inputs.entries(), version="v", shard_size=10) for source in sources(shard)]
+    names = [printable(source.uri).removeprefix(f"{folder}/") for source in found]
+    assert names == ["a.tar#k/1.jpg", "a.tar#k/ü.png", "b.tar#k/1.jpg", "b.tar", "broken.parquet"]
+    for source in found[-2:]:
+        with pytest.raises(ImageError, match=r"^unreadable: "):
+            source.read()
+
+
+def test_names_that_are_no_text(tmp_path: Path) -> None:
+    name = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xfe.jpg"))
+    name.write_bytes(b"x")
+    (shard,) = cut(open_inputs(str(tmp_path)).entries(), version="v", shard_size=10)
+    (source,) = sources(shard)
+    assert source.read() == b"x"
+    assert printable(source.uri).endswith("\\xff\\xfe.jpg")
+
+
+@pytest.mark.parametrize("text", ["no/such/folder", "/no/such/*/x.jpg.nothing?"])
+def test_nothing_there(text: str, tmp_path: Path) -> None:
+    try:
+        assert places(open_inputs(str(tmp_path / text))) == []
+    except UsageError as error:
+        assert "no such file or folder" in str(error)
