@@ -8,9 +8,12 @@ STAMP := $(VENV)/.installed
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml
+# The versions that the tests ran with; the ranges of pyproject.toml alone where a registry or a Python lacks one of them.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+
+$(STAMP): pyproject.toml tests/constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(INSTALL) --constraint tests/constraints.txt || $(INSTALL)
 	@touch $(STAMP)
 
 # DATA=DIR walks the road on a folder of real images, BUDGET=30m bounds each training.

@@ -1,17 +1,22 @@
-"""Print the installed version of everything that pyproject.toml asks for: ``python k8s/pin.py > k8s/constraints.txt``."""
+"""Print the installed version of everything that pyproject.toml asks for.
+
+``python k8s/pin.py > k8s/constraints.txt`` is what the image is built with, and ``python k8s/pin.py dev >
+tests/constraints.txt`` (the same with that extra) is what ``make setup`` installs.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
 import re
+import sys
 import tomllib
 from pathlib import Path
 
 from packaging.requirements import Requirement
 
 HEADER = """\
-# What the image is built with: everything that onepass-saliency depends on, at the versions that it was tested with.
-# Written by k8s/pin.py.  TensorRT (target gpu) is bounded in pyproject.toml and recorded in each engine's manifest.
+# Everything that onepass-saliency depends on, at the versions that it was tested with.  Written by k8s/pin.py.
+# TensorRT (target gpu of the image) is bounded in pyproject.toml and recorded in each engine's manifest.
 """
 
 
@@ -36,6 +41,7 @@ def collect(text: str, extras: tuple[str, ...], versions: dict[str, str], seen: 
 if __name__ == "__main__":
     found: dict[str, str] = {}
     already: set[tuple[str, str]] = set()
-    for dependency in tomllib.loads(PROJECT.read_text())["project"]["dependencies"]:
+    project = tomllib.loads(PROJECT.read_text())["project"]
+    for dependency in [*project["dependencies"], *(d for e in sys.argv[1:] for d in project["optional-dependencies"][e])]:
         collect(dependency, (), found, already)
     print(HEADER + "\n".join(f"{name}=={version}" for name, version in sorted(found.items())))
