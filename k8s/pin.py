@@ -42,6 +42,9 @@ if __name__ == "__main__":
     found: dict[str, str] = {}
     already: set[tuple[str, str]] = set()
     project = tomllib.loads(PROJECT.read_text())["project"]
-    for dependency in [*project["dependencies"], *(d for e in sys.argv[1:] for d in project["optional-dependencies"][e])]:
+    for dependency in [
+        *project["dependencies"],
+        *(d for e in sys.argv[1:] for d in project["optional-dependencies"][e]),
+    ]:
         collect(dependency, (), found, already)
     print(HEADER + "\n".join(f"{name}=={version}" for name, version in sorted(found.items())))
