@@ -14,7 +14,7 @@ class AreaPriceConfig:
     rule: Literal["fixed", "entropy", "area"] = "entropy"
     """`fixed`: always `initial`.  `entropy`: the price rises while the masked-out pictures keep more than `target` of the
     uncertainty of a blank picture and the masked-in ones are recognised, and falls otherwise: masks become the smallest
-    that still hide the evidence and still show enough of it.
+    that still hide the evidence and still show enough of it.  With one side only, that side alone decides.
     `area`: the price rises while the mean mask is larger than `target`."""
     target: float = 0.8
     """What is held: a share of uncertainty, or a mean area; in (0, 1)."""
@@ -39,18 +39,20 @@ class AreaPriceConfig:
 
 
 def next_price(
-    config: AreaPriceConfig, price: float, *, entropy_share: float, sufficiency: float, mean_area: float
+    config: AreaPriceConfig, price: float, *, entropy_share: float | None, sufficiency: float | None, mean_area: float
 ) -> float:
     """The price after a step, by projected ascent on its logarithm.
 
     ``entropy_share``: entropy of the masked-out pictures over that of a blank one, averaged over the pictures that
-    the classifier gets right; ``sufficiency``: pictures recognised masked-in over those recognised whole; ``mean_area``: mean
-    mask of the step, in [0, 1].
+    the classifier gets right; ``sufficiency``: pictures recognised masked-in over those recognised whole; each none where
+    the method has no such side.  ``mean_area``: mean mask of the step, in [0, 1].
     """
     if config.rule == "fixed":
         return price
     if config.rule == "entropy":
-        misfit = min(entropy_share - config.target, sufficiency - config.sufficiency)
+        misfits = [] if entropy_share is None else [entropy_share - config.target]
+        misfits += [] if sufficiency is None else [sufficiency - config.sufficiency]
+        misfit = min(misfits, default=0.0)
     else:
         misfit = mean_area - config.target
     if mean_area < config.smallest_area:

@@ -8,8 +8,9 @@ blend with ``keep`` does.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -150,6 +151,30 @@ class Others(Fill):
         return x.roll(places, dims=0)
 
 
+class RandomMixture(Fill):
+    """Drawn anew for every image: half the time it is blurred, else one random colour with noise; what stays visible gets
+    a little noise too, so that no edge gives the mask away (Dabkowski & Gal 2017, released code, on their [-1, 1] scale)."""
+
+    def __init__(
+        self, *, sigma: float = 11.0, spread: float = 0.33, noise: float = 0.11, visible: float = 0.03
+    ) -> None:
+        self.blur = Blur(sigma=sigma)
+        self.spread, self.noise, self.visible = spread, noise, visible
+
+    def content(self, x: Tensor, keep: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        options = {"generator": generator, "device": x.device, "dtype": x.dtype}
+        colour = (2 * torch.rand((len(x), x.shape[1], 1, 1), **options) - 1) * self.spread  # (N, C, 1, 1)
+        flat = colour + self.noise * torch.randn(x.shape, **options)
+        blurred = torch.rand((len(x), 1, 1, 1), **options) < 0.5
+        return torch.where(blurred, self.blur.content(x, keep), flat)
+
+    def apply(self, x: Tensor, keep: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        with torch.no_grad():
+            content = self.content(x, keep, generator)
+            noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        return (x + self.visible * noise) * keep + content * (1 - keep)
+
+
 class User(Fill):
     """An in-painter of the user: ``function(x, keep) -> images`` like x, in normalised space."""
 
@@ -192,6 +217,24 @@ FILLS: dict[str, Callable[..., Fill]] = {
     "local-mean": LocalMean,
     "noise": Noise,
     "others": Others,
+    "random": RandomMixture,
     "user": User.load,
 }
 """Name of the option -> constructor with keyword arguments."""
+
+
+def make_fill(name: str, options: Mapping[str, Any], *, mean: Sequence[float], std: Sequence[float]) -> Fill:
+    """The fill ``name`` with ``options``; colours learn the data's ``mean`` and ``std``.
+
+    Raises:
+        UsageError: no such fill, or options that it does not take.
+    """
+    if name not in FILLS:
+        raise UsageError(f"fill {name!r}: use {', '.join(FILLS)}")
+    given = {"mean": mean, "std": std} if name in ("colour", "black") else {}
+    try:
+        return FILLS[name](**given, **options)
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"fill {name} with {dict(options)}: {error}; see pipeline/fills.py for what it takes"
+        ) from error

@@ -11,6 +11,9 @@ from pipeline.concrete import ConcreteConfig
 from pipeline.masker import Masker
 from pipeline.spec import MaskerSpec, ModelSpec
 
+DEFAULT_AREA = 0.5
+"""The middle of the areas that a masker with a wanted area is trained with."""
+
 
 class SaliencyModel(nn.Module):
     """A classifier and the masker that reads its feature maps (paper section 2)."""
@@ -25,10 +28,12 @@ class SaliencyModel(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """``x``: (N, 3, S, S) normalised image.  Returns logits (N, C) and the mask (N, 1, h, w) in [0, 1], native.
 
-        ``target_area`` (N,) in [0, 1] and ``labels`` (N,) are for maskers that are conditioned on them; a
-        class-conditional masker without labels explains the predicted class.
+        ``target_area`` (N,) in [0, 1] and ``labels`` (N,) are for maskers that are conditioned on them; without
+        them the masks aim at half of the picture and explain the predicted class.
         """
         logits, features = self.backbone(x)
+        if self.masker.target_area and target_area is None:
+            target_area = x.new_full((len(x),), DEFAULT_AREA)
         if self.masker.class_module is not None and labels is None:
             labels = logits.argmax(1)
         mask_logits = self.masker(features, target_area=target_area, labels=labels)

@@ -38,6 +38,32 @@ def entropy_objective(
     return reduce(clean_right.to(entropy) * entropy, reduction, divisor)
 
 
+def hinge_objective(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    margin: float,
+    trails: bool = False,
+    reduction: Reduction = "mean",
+    divisor: float | None = None,
+) -> Tensor:
+    """O = -relu(margin - d) of the label's lead d = z_y - max of the others; with ``trails`` +relu(margin + d).
+
+    To maximise the one makes the label lead by the margin, to minimise the other makes it trail by as much (Dabkowski
+    & Gal 2017, released code).
+    """
+    own = logits.gather(1, labels[:, None])[:, 0]  # (B,)
+    lead = own - logits.scatter(1, labels[:, None], -torch.inf).amax(dim=1)  # (B,)
+    return reduce(F.relu(margin + lead) if trails else -F.relu(margin - lead), reduction, divisor)
+
+
+def power_area_term(
+    mask: Tensor, *, power: float = 0.3, reduction: Reduction = "mean", divisor: float | None = None
+) -> Tensor:
+    """R = mean of (m + 5e-4)^power, paid for always (Dabkowski & Gal 2017, released code)."""
+    return reduce((mask + 5e-4).pow(power).flatten(1).mean(dim=1), reduction, divisor)
+
+
 def mask_area(mask: Tensor) -> Tensor:
     """a = mean of each mask, (B,)."""
     return mask.flatten(1).mean(dim=1)
@@ -95,11 +121,14 @@ class SideConfig:
     side: Literal["in", "out"]
     """The masked-in image (what the mask shows) or the masked-out one (what it leaves)."""
 
-    objective: Literal["classification", "entropy"]
-    """Of the classifier's answer: minus its cross-entropy with the label, or its entropy."""
+    objective: Literal["classification", "entropy", "hinge"]
+    """Of the classifier's answer: minus its cross-entropy with the label, its entropy, or how far the label leads."""
 
     direction: Literal["maximize", "minimize"] = "maximize"
     """Minimising classification is unbounded below; minimising entropy suits "in", maximising it "out"."""
+
+    margin: float = 1.0
+    """Of the hinge: by how much the label has to lead, or to trail when the hinge is minimised; in logits."""
 
     lambda_area: float = 10.0
     """Weight of the conditional area term."""
@@ -116,14 +145,18 @@ class SideConfig:
     area_distance: Literal["l1", "l2"] = "l1"
     """Distance to the target area, where one is given."""
 
+    area_rule: Literal["conditional", "power"] = "conditional"
+    """Area paid for only where the mask did its job, or the mean of m^0.3 paid for always."""
+
     def __post_init__(self) -> None:
         _one_of(
             self,
             {
                 "side": ("in", "out"),
-                "objective": ("classification", "entropy"),
+                "objective": ("classification", "entropy", "hinge"),
                 "direction": ("maximize", "minimize"),
                 "area_distance": ("l1", "l2"),
+                "area_rule": ("conditional", "power"),
             },
         )
 
@@ -166,15 +199,23 @@ def side_loss(
 
     if config.objective == "classification":
         objective = classification_objective(logits_masked, labels, reduction=reduction, divisor=divisor)
-    else:
+    elif config.objective == "entropy":
         objective = entropy_objective(logits_masked, clean_right, reduction=reduction, divisor=divisor)
+    else:
+        trails = config.direction == "minimize"
+        objective = hinge_objective(
+            logits_masked, labels, margin=config.margin, trails=trails, reduction=reduction, divisor=divisor
+        )
     if config.direction == "maximize":
         objective = -objective
 
     weight = config.lambda_area if lambda_area is None else lambda_area
-    area = weight * area_term(
-        mask, achieved, target_area=target_area, distance=config.area_distance, reduction=reduction, divisor=divisor
-    )
+    if config.area_rule == "power":
+        area = weight * power_area_term(mask, reduction=reduction, divisor=divisor)
+    else:
+        area = weight * area_term(
+            mask, achieved, target_area=target_area, distance=config.area_distance, reduction=reduction, divisor=divisor
+        )
     if config.lambda_tv:
         tv = config.lambda_tv * total_variation(
             mask, power=config.tv_power, border=config.tv_border, reduction=reduction, divisor=divisor

@@ -14,7 +14,7 @@ from pipeline.backbone import create_classifier, default_normalisation
 from pipeline.data.decode import ImageError, read_image
 from pipeline.data.listing import Split, read_split
 from pipeline.errors import UsageError
-from pipeline.presets import PRESETS
+from pipeline.settings import configure
 from pipeline.training import TrainingPlan, build
 
 LARGEST_DEFAULT = 224
@@ -27,7 +27,14 @@ def plan_training(arguments: argparse.Namespace) -> TrainingPlan:
     Raises:
         UsageError: what is wrong, where, and what to do.
     """
-    preset = PRESETS[arguments.preset]
+    settings = [*arguments.set]
+    if arguments.size_target is not None:
+        settings.append(f"price.target={arguments.size_target}")
+    if arguments.fill:
+        settings.append(f"fill={arguments.fill}")
+    if arguments.layers:
+        settings.append(f"layers={parse_layers(arguments.layers)}")
+    preset = configure(arguments.preset, settings)
     source, name = parse_init(arguments.init)
     init_arguments = dict(parse_argument(text) for text in arguments.init_arg)
     split = read_split(arguments.data, "train", per_class=arguments.per_class, seed=arguments.seed)
@@ -73,17 +80,25 @@ def plan_training(arguments: argparse.Namespace) -> TrainingPlan:
         batchnorm=arguments.batchnorm or ("eval" if arguments.weights else "sync"),
         input_size=size,
         geometry=arguments.geometry,
-        layers=tuple(int(k) for k in arguments.layers.split(",")) if arguments.layers else None,
         steps=steps if arguments.budget is None or arguments.steps else 10**9,
         budget=parse_time(arguments.budget, "--budget") if arguments.budget else None,
         batch_size=batch,
         seed=arguments.seed,
-        size_target=arguments.size_target,
+        settings=tuple(settings),
         precision=arguments.precision,
         checkpoint_seconds=parse_time(arguments.checkpoint_every, "--checkpoint-every"),
     )
     build(plan)  # whatever is wrong with the classifier, its weights or its layers is said now and not by a worker
     return plan
+
+
+def parse_layers(text: str) -> str:
+    """``3,4`` -> ``[3, 4]``; ``all`` and ``deep`` as they are."""
+    if text in ("all", "deep"):
+        return text
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise UsageError(f"--layers {text}: give numbers such as 3,4, or all, or deep")
+    return f"[{text}]"
 
 
 def parse_init(text: str) -> tuple[str, str]:

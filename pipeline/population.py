@@ -25,6 +25,9 @@ class PopulationConfig:
     """Steps between two snapshots."""
     size: int = 30
     """Snapshots kept; when full, a random one is replaced."""
+    inert: bool = False
+    """As published: a drawn snapshot is loaded and never asked, so that all that a draw does is to keep the classifier
+    from its masked images for a step."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.probability <= 1:

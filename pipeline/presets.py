@@ -21,13 +21,15 @@ entropy term count only images that it gets right.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from pipeline.area_price import AreaPriceConfig
 from pipeline.data.batches import Augmentation
-from pipeline.objectives import SideConfig
+from pipeline.objectives import KLPriorConfig, SideConfig
 from pipeline.population import PopulationConfig
+from pipeline.spec import MaskerSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +65,8 @@ class Preset:
     """One line for `--help`."""
     classifier: Literal["frozen", "joint"]
     """Whether the classifier learns along with the masker."""
-    mask_in: SideConfig | None
-    mask_out: SideConfig | None
+    mask_in: SideConfig | KLPriorConfig | None
+    mask_out: SideConfig | KLPriorConfig | None
     weight_in: float = 1.0
     weight_out: float = 1.0
     relative_units: bool = True
@@ -73,6 +75,16 @@ class Preset:
     """Multiplies the `lambda_area` of both sides (rule 2)."""
     fill: str = "zero"
     """Name of the fill (`pipeline.fills.FILLS`)."""
+    fill_options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the fill, such as the file of the user's own."""
+    masker: MaskerSpec = field(default_factory=MaskerSpec)
+    """The masker: its inputs beside the maps, and how its logits become masks."""
+    layers: tuple[int, ...] | Literal["deep", "all"] = "deep"
+    """Layers that the masker reads, 0 the finest: `deep` is the maps of 4 to 16 cells, at most three."""
+    area_range: tuple[float, float] = (0.25, 0.75)
+    """Wanted areas are drawn from this range, one for each picture, where the masker takes one."""
+    compat: Literal["published"] | None = None
+    """`published` repeats the order of updates and the BatchNorm statistics of the reference's step (`pipeline.step`)."""
     population: PopulationConfig | None = None
     """None: masks are always judged by the current classifier."""
     pretraining: float = 0.4
@@ -87,6 +99,66 @@ class Preset:
 # Size weights in the proportion of the paper's: masked-in 1, masked-out 10 (FIX) or 15 (CA).
 _IN = SideConfig(side="in", objective="classification", lambda_area=0.1, lambda_tv=0.0002)
 _OUT = SideConfig(side="out", objective="entropy", lambda_area=1.0, lambda_tv=0.0002)
+_FIXED = AreaPriceConfig(rule="fixed", initial=1.0)
+
+SIDES: dict[str, dict[str, SideConfig | KLPriorConfig | None]] = {
+    "mask_in": {
+        "none": None,
+        "classification": _IN,
+        "entropy": SideConfig(side="in", objective="entropy", direction="minimize", lambda_area=0.1, lambda_tv=0.0002),
+        "hinge": SideConfig(side="in", objective="hinge", lambda_area=0.1, lambda_tv=0.0002),
+        "kl-prior": KLPriorConfig(lambda_area=0.1),
+    },
+    "mask_out": {
+        "none": None,
+        "classification": SideConfig(
+            side="out", objective="classification", direction="minimize", lambda_area=1.0, lambda_tv=0.0002
+        ),
+        "entropy": _OUT,
+        "hinge": SideConfig(side="out", objective="hinge", direction="minimize", lambda_area=1.0, lambda_tv=0.0002),
+        "kl-prior": KLPriorConfig(lambda_area=1.0),
+    },
+}
+"""Names of what can be asked of each side, in the direction that suits it."""
+
+
+def _casm(name: str, weight: float, population: PopulationConfig | None, pool: str) -> Preset:
+    """CASM (Zolna, Geras & Cho 2020): masked-out only, all layers; its size weights in units of log 1000."""
+    side = SideConfig(side="out", objective="entropy", lambda_area=weight / _LOG_1000, lambda_tv=0.0)
+    return Preset(
+        name=name,
+        summary=f"the predecessor: masked-out only, all layers, judged by {pool}",
+        classifier="joint",
+        mask_in=None,
+        mask_out=side,
+        price=_FIXED,
+        population=population,
+        layers="all",
+    )
+
+
+def _paper(name: str, *, joint: bool) -> Preset:
+    """The published constants (paper section 3.3), which fit ResNet-50, 224 pixels and 1000 classes."""
+    return Preset(
+        name=name,
+        summary=f"every constant of the paper's own {'CA' if joint else 'FIX'} run: 1000 classes, ResNet-50, 12 passes",
+        classifier="joint" if joint else "frozen",
+        mask_in=SideConfig(side="in", objective="classification", lambda_area=1.0, lambda_tv=0.001),
+        mask_out=SideConfig(side="out", objective="entropy", lambda_area=15.0 if joint else 10.0, lambda_tv=0.001),
+        relative_units=False,
+        price=_FIXED,
+        population=PopulationConfig(probability=0.5, save_every=100, size=30) if joint else None,
+        layers=(3, 4),
+        pretraining=0.0,
+        augmentation=Augmentation(smallest_area=0.08, aspect=4 / 3),
+        optimisation=Optimisation(
+            masker_rate=1e-3, classifier_method="sgd", classifier_rate=1e-3, scratch_rate=1e-3, decay="steps"
+        ),
+        batch_size=72,
+    )
+
+
+_LOG_1000 = math.log(1000)
 
 PRESETS: dict[str, Preset] = {
     preset.name: preset
@@ -112,6 +184,33 @@ PRESETS: dict[str, Preset] = {
             price=AreaPriceConfig(sufficiency=0.7),
             # A frozen classifier cannot learn pictures by heart, so the masker sees objects at the size that they have.
             augmentation=Augmentation(smallest_area=1.0, aspect=1.0),
+        ),
+        _paper("paper-ca", joint=True),
+        _paper("paper-fix", joint=False),
+        _casm("casm-l", 14.0, None, "the current classifier"),
+        _casm("casm-fl", 7.5, PopulationConfig(save_every=10**9, size=1), "the first and the current classifier"),
+        _casm("casm-l100", 10.0, PopulationConfig(save_every=100), "earlier classifiers, one kept every 100 steps"),
+        _casm("casm-l1000", 10.0, PopulationConfig(save_every=1000), "earlier classifiers, one kept every 1000 steps"),
+        Preset(
+            name="dabkowski-gal",
+            summary="real-time saliency's released loss: hinges, random fills, a masker that is told the class; no fake classes",
+            classifier="frozen",
+            mask_in=SideConfig(side="in", objective="hinge", margin=1.0, lambda_area=0.0),
+            mask_out=SideConfig(
+                side="out",
+                objective="hinge",
+                direction="minimize",
+                margin=5.0,
+                lambda_area=8.0,
+                lambda_tv=0.005,
+                area_rule="power",
+            ),
+            weight_in=0.3,
+            relative_units=False,
+            price=_FIXED,
+            fill="random",
+            masker=MaskerSpec(class_conditional=True),
+            layers="all",
         ),
     )
 }

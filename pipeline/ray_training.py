@@ -47,8 +47,8 @@ class RayReporter:
         done = min(int(row["course"] * 100), 100)
         if self.bar is not None and done > self.shown:
             figures = [f"top-1 {row['clean_right']:.2f}"]
-            if "mask_mean" in row:
-                figures += [f"mask {row['mask_mean']:.2f}", f"in {row['in_right']:.2f}", f"hidden {row['hidden']:.2f}"]
+            named = {"mask": "mask_mean", "in": "in_right", "hidden": "hidden"}
+            figures += [f"{name} {row[key]:.2f}" for name, key in named.items() if key in row]
             self.bar.set_description(f"train {row['phase']} step {row['step']}: {', '.join(figures)}")
             self.bar.update(done - self.shown)
             self.shown = done

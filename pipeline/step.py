@@ -1,15 +1,17 @@
 """One training step: clean, masked-in and masked-out pictures, two networks, gradients first and updates last.
 
-This is the plain form, the oracle of any faster one.  It differs from the published step in two places, both on
+This is the plain form, the oracle of any faster one.  It differs from the published step in three places, all on
 purpose: every gradient is taken before any weight moves (the reference moves the classifier under the masker's
-backward pass), and a drawn earlier classifier really judges the masks (the reference loads it and asks the current one).
+backward pass), a drawn earlier classifier really judges the masks (the reference loads it and asks the current one), and
+the classifier's BatchNorm statistics are those of clean pictures.  ``Preset.compat = "published"`` moves the classifier
+on its clean loss before it judges the masks, lets masked pictures shift its statistics, and never asks a drawn one.
 """
 
 from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -22,7 +24,7 @@ from pipeline.batchnorm import frozen_statistics
 from pipeline.fills import Fill
 from pipeline.masking import mask_in, mask_out, upsample
 from pipeline.model import SaliencyModel
-from pipeline.objectives import SideTerms, side_loss
+from pipeline.objectives import KLPriorConfig, SideConfig, kl_prior_criterion, side_loss
 from pipeline.population import Population
 from pipeline.presets import Preset
 
@@ -39,6 +41,20 @@ class Batch(NamedTuple):
     """(n, 3, S, S) normalised."""
     labels: Tensor
     """(n,) int64 logit indices."""
+    areas: Tensor | None = None
+    """(n,) wanted mask areas in [0, 1], for maskers that take them."""
+
+
+class Clean(NamedTuple):
+    """What the classifier says of the pictures as they are."""
+
+    logits: Tensor
+    """(n, C)."""
+    features: dict[int, Tensor]
+    """Layer -> (n, c, h, w)."""
+    loss: Tensor
+    """Sum of the cross-entropies over the global batch size."""
+    logs: dict[str, Tensor]
 
 
 @dataclass
@@ -103,20 +119,37 @@ class JointStep:
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
-    def __call__(self, batch: Batch, *, step: int, divisor: int, phase: str, course: float) -> dict[str, float]:
+    def __call__(
+        self,
+        batch: Batch,
+        *,
+        step: int,
+        divisor: int,
+        phase: str,
+        course: float,
+        generator: torch.Generator | None = None,
+    ) -> dict[str, float]:
         """Carry out global step ``step``; returns its logs, which are the same on every worker.
 
         ``divisor``: size of the global batch.  ``phase``: `classifier` or `joint`.  ``course``: share of the phase
-        that is done, in [0, 1].
+        that is done, in [0, 1].  ``generator``: of sampled masks and random fills.
         """
         drawn = self.population.draw(step) if self.population is not None and phase == "joint" else None
-        losses = self.losses(batch, divisor=divisor, phase=phase, drawn=drawn)
+        self._set_rates(phase, course)
+        if self.preset.compat == "published" and self.joint and phase == "joint":
+            clean = self.clean(batch, divisor=divisor, phase=phase)
+            gradients = self.gradients(Losses(None, clean.loss, {}))[1]
+            collective.sum_in_place(gradients)
+            self._apply(self.classifier_optimiser, self.classifier_parameters, gradients)
+            clean = clean._replace(loss=clean.loss.detach(), logits=clean.logits.detach())
+            losses = self.masked(batch, clean, divisor=divisor, drawn=drawn, generator=generator)
+        else:
+            losses = self.losses(batch, divisor=divisor, phase=phase, drawn=drawn, generator=generator)
         masker_gradients, classifier_gradients = self.gradients(losses)
         logs = list(losses.logs)
         numbers = torch.stack([losses.logs[name].double() for name in logs])
         collective.sum_in_place([numbers])
         collective.sum_in_place([*masker_gradients, *classifier_gradients])
-        self._set_rates(phase, course)
         if classifier_gradients:
             self._apply(self.classifier_optimiser, self.classifier_parameters, classifier_gradients)
         if masker_gradients:
@@ -127,63 +160,86 @@ class JointStep:
             self.population.observe(step, self.model.backbone)
         return self._finish(dict(zip(logs, numbers.tolist(), strict=True)), phase)
 
-    def losses(self, batch: Batch, *, divisor: int, phase: str, drawn: int | None) -> Losses:
+    def losses(
+        self,
+        batch: Batch,
+        *,
+        divisor: int,
+        phase: str,
+        drawn: int | None,
+        generator: torch.Generator | None = None,
+    ) -> Losses:
         """All losses of this worker's share, with their graphs."""
-        x, labels = batch
-        backbone, masker = self.model.backbone, self.model.masker
-        classifier_learns = self.trains_classifier and (phase == "classifier" or self.joint)
-        backbone.train(classifier_learns and self.batchnorm_trains)
-        masker.train()
-        with torch.set_grad_enabled(classifier_learns), self.autocast:
-            logits, features = backbone(x)
-        logits = _wide(logits)
-        clean = F.cross_entropy(logits, labels, reduction="none")  # (n,)
-        right = logits.detach().argmax(1) == labels
-        logs = {"clean_loss": clean.detach().sum() / divisor, "clean_right": right.to(clean).sum() / divisor}
+        clean = self.clean(batch, divisor=divisor, phase=phase)
         if phase == "classifier":
-            return Losses(None, clean.sum() / divisor, logs)
+            return Losses(None, clean.loss, clean.logs)
+        return self.masked(batch, clean, divisor=divisor, drawn=drawn, generator=generator)
 
+    def clean(self, batch: Batch, *, divisor: int, phase: str) -> Clean:
+        """The classifier on the pictures as they are; with a graph where the classifier learns in ``phase``."""
+        classifier_learns = self.trains_classifier and (phase == "classifier" or self.joint)
+        self.model.backbone.train(classifier_learns and self.batchnorm_trains)
+        with torch.set_grad_enabled(classifier_learns), self.autocast:
+            logits, features = self.model.backbone(batch.images)
+        logits = _wide(logits)
+        loss = F.cross_entropy(logits, batch.labels, reduction="sum") / divisor
+        right = logits.detach().argmax(1) == batch.labels
+        logs = {"clean_loss": loss.detach(), "clean_right": right.to(loss).sum() / divisor}
+        return Clean(logits, features, loss, logs)
+
+    def masked(
+        self,
+        batch: Batch,
+        clean: Clean,
+        *,
+        divisor: int,
+        drawn: int | None,
+        generator: torch.Generator | None = None,
+    ) -> Losses:
+        """The losses of the masks of ``batch``, judged by the current classifier or the ``drawn`` earlier one."""
+        x, labels, areas = batch
+        backbone, masker, preset = self.model.backbone, self.model.masker, self.preset
+        classifier_learns = self.trains_classifier and self.joint
+        masker.train()
         with self.autocast:
-            native = masker.masks(_wide(masker({k: v.detach() for k, v in features.items()})))  # (n, 1, h, w)
+            maps = {layer: value.detach() for layer, value in clean.features.items()}
+            classes = labels if masker.class_module is not None else None
+            mask_logits = _wide(masker(maps, target_area=areas if masker.target_area else None, labels=classes))
+            native = masker.masks(mask_logits, generator)  # (n, 1, h, w)
         mask = upsample(native, (x.shape[2], x.shape[3]), masker.upsample)  # (n, 1, S, S)
-        judge = backbone if drawn is None or self.population is None else self.population.network(drawn, backbone)
-        with frozen_statistics(judge), self.autocast:
-            logits_in = _wide(judge(mask_in(x, mask, self.fill)).logits)
-            logits_out = _wide(judge(mask_out(x, mask, self.fill)).logits)
-        unit = self._unit(judge, logits.shape[1])
-        scale = unit if self.preset.relative_units else torch.ones_like(unit)
-
-        sides = {
-            "in": (self.preset.mask_in, self.preset.weight_in, logits_in),
-            "out": (self.preset.mask_out, self.preset.weight_out, logits_out),
-        }
-        masker_loss = mask.new_zeros(())
-        classifier_loss = clean.sum() / divisor
-        for name, (config, weight, masked) in sides.items():
-            if config is None:
-                continue
-            terms = side_loss(
-                config,
-                mask=mask,
-                logits_masked=masked,
-                logits_clean=logits.detach(),
-                labels=labels,
-                lambda_area=config.lambda_area * self.price,
-                divisor=divisor,
-            )
-            masker_loss = masker_loss + weight * self._in_units(terms, scale, x.shape[2])
-            if drawn is None:
-                classifier_loss = classifier_loss + weight * F.cross_entropy(masked, labels, reduction="sum") / divisor
-            logs[f"{name}_right"] = terms.masked_right.to(clean).sum() / divisor
-        log_q = F.log_softmax(logits_out.detach(), 1)
-        entropy = -(log_q.exp() * log_q).sum(1)  # (n,)
-        logs |= {
+        asked = None if drawn is None or self.population is None or self.population.config.inert else drawn
+        judge = backbone if asked is None or self.population is None else self.population.network(asked, backbone)
+        unit = self._unit(judge, clean.logits.shape[1])
+        right = clean.logits.detach().argmax(1) == labels
+        logs = clean.logs | {
             "mask_mean": native.detach().mean((1, 2, 3)).sum() / divisor,
-            "masker_loss": masker_loss.detach(),
-            "hidden": (right * entropy / unit).sum() / divisor,
             "unit": unit * len(x) / divisor,
         }
-        return Losses(masker_loss, classifier_loss if classifier_learns else None, logs)
+        masker_loss = mask.new_zeros(())
+        classifier_loss = clean.loss
+        shown = {
+            "in": (preset.mask_in, preset.weight_in, mask_in),
+            "out": (preset.mask_out, preset.weight_out, mask_out),
+        }
+        for name, (config, weight, show) in shown.items():
+            if config is None:
+                continue
+            statistics = nullcontext() if preset.compat == "published" else frozen_statistics(judge)
+            with statistics, self.autocast:
+                answer = _wide(judge(show(x, mask, self.fill, generator)).logits)
+            loss = self._side(config, mask, answer, clean.logits.detach(), batch, unit, divisor)
+            masker_loss = masker_loss + weight * loss
+            if drawn is None:
+                classifier_loss = classifier_loss + weight * F.cross_entropy(answer, labels, reduction="sum") / divisor
+            logs[f"{name}_right"] = (answer.detach().argmax(1) == labels).to(unit).sum() / divisor
+            if name == "out":
+                log_q = F.log_softmax(answer.detach(), 1)
+                entropy = -(log_q.exp() * log_q).sum(1)  # (n,)
+                logs["hidden"] = (right * entropy / unit).sum() / divisor
+        logs["masker_loss"] = masker_loss.detach()
+        # In the published order a step without masked pictures leaves the classifier nothing more to learn.
+        learns = classifier_learns and classifier_loss.requires_grad
+        return Losses(masker_loss, classifier_loss if learns else None, logs)
 
     def gradients(self, losses: Losses) -> tuple[list[Tensor], list[Tensor]]:
         """Gradients of the masker's and the classifier's parameters; nothing has moved yet."""
@@ -201,8 +257,41 @@ class JointStep:
 
     # -- parts ------------------------------------------------------------------------------------------------------
 
-    def _in_units(self, terms: SideTerms, scale: Tensor, size: int) -> Tensor:
-        tv = terms.tv * (PUBLISHED_SIZE / size) if self.preset.relative_units else terms.tv
+    def _side(
+        self,
+        config: SideConfig | KLPriorConfig,
+        mask: Tensor,
+        answer: Tensor,
+        clean_logits: Tensor,
+        batch: Batch,
+        unit: Tensor,
+        divisor: int,
+    ) -> Tensor:
+        """Objective, area and TV of one side, in the preset's units."""
+        relative = self.preset.relative_units
+        scale = unit if relative else torch.ones_like(unit)
+        if isinstance(config, KLPriorConfig):
+            prior = kl_prior_criterion(
+                replace(config, lambda_area=config.lambda_area * self.price),
+                mask=mask,
+                logits_masked=answer,
+                logits_clean=clean_logits,
+                labels=batch.labels,
+                class_weights=torch.ones_like(answer[0]),
+                divisor=divisor,
+            )
+            return prior.objective / scale + prior.area
+        terms = side_loss(
+            config,
+            mask=mask,
+            logits_masked=answer,
+            logits_clean=clean_logits,
+            labels=batch.labels,
+            target_area=batch.areas,
+            lambda_area=config.lambda_area * self.price,
+            divisor=divisor,
+        )
+        tv = terms.tv * (PUBLISHED_SIZE / mask.shape[-1]) if relative else terms.tv
         return terms.objective / scale + terms.area + tv
 
     @torch.no_grad()
@@ -237,12 +326,13 @@ class JointStep:
     def _finish(self, logs: dict[str, float], phase: str) -> dict[str, float]:
         if phase == "joint":
             right = max(logs["clean_right"], 1e-6)
-            logs["hidden"] /= right
+            if "hidden" in logs:
+                logs["hidden"] /= right
             self.price = next_price(
                 self.preset.price,
                 self.price,
-                entropy_share=logs["hidden"],
-                sufficiency=logs.get("in_right", right) / right,
+                entropy_share=logs.get("hidden"),
+                sufficiency=logs["in_right"] / right if "in_right" in logs else None,
                 mean_area=logs["mask_mean"],
             )
             logs["price"] = self.price

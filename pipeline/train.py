@@ -19,6 +19,7 @@ from pipeline.errors import UsageError, WorkError
 
 def parser() -> Parser:
     """The command line."""
+    from pipeline.fills import FILLS
     from pipeline.presets import PRESETS
 
     presets = "; ".join(f"{name}: {preset.summary}" for name, preset in PRESETS.items())
@@ -68,7 +69,18 @@ def parser() -> Parser:
         help="whole picture squashed to the square, or its centre (default squash)",
     )
     p.add_argument(
-        "--layers", metavar="I,J", help="layers that the masker reads, 0 the finest (default: maps of 4 to 16 cells)"
+        "--layers",
+        metavar="I,J",
+        help="layers that the masker reads, 0 the finest; or all, or deep: maps of 4 to 16 cells (default: the preset's)",
+    )
+    p.add_argument("--fill", metavar="NAME", help=f"what takes the place of hidden pixels: {', '.join(FILLS)}")
+    p.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SLOT=VALUE",
+        help="another value for a slot of the preset, such as mask_in=none, classifier=frozen, masker.class_conditional=true, "
+        "masker.concrete.mode=hard, fill_options.sigma=10, population.inert=true; repeatable",
     )
     p.add_argument(
         "--size-target",

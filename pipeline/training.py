@@ -7,7 +7,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,13 +29,13 @@ from pipeline.batchnorm import SyncedBatchNorm2d, synchronise
 from pipeline.data.batches import TrainingBatches
 from pipeline.data.decode import read_image
 from pipeline.data.geometry import Geometry, fit
-from pipeline.fills import FILLS
+from pipeline.fills import make_fill
 from pipeline.mask_statistics import mask_statistics, summarise
 from pipeline.masker import default_mask_size
 from pipeline.model import SaliencyModel, build_masker
 from pipeline.population import Population
-from pipeline.presets import PRESETS, Preset
-from pipeline.spec import BackboneSpec, MaskerSpec, ModelSpec
+from pipeline.settings import configure, describe
+from pipeline.spec import BackboneSpec, ModelSpec
 from pipeline.step import Batch, JointStep
 
 SAMPLES = 256
@@ -69,15 +69,14 @@ class TrainingPlan:
     batchnorm: str
     input_size: int
     geometry: Geometry = "squash"
-    layers: tuple[int, ...] | None = None
     steps: int
     """Length of the run in steps; `budget` may end it earlier."""
     budget: float | None = None
     """Length of the run in seconds, over all restarts."""
     batch_size: int
     seed: int = 0
-    size_target: float | None = None
-    """Takes the place of the preset's target of the area price."""
+    settings: tuple[str, ...] = ()
+    """``SLOT=VALUE`` for each slot of the preset that has another value (`pipeline.settings`)."""
     precision: str = "fp32"
     checkpoint_seconds: float = 120.0
     """Seconds between two checkpoints."""
@@ -103,20 +102,14 @@ class Reporter(Protocol):
         ...
 
 
-def plan_preset(plan: TrainingPlan) -> Preset:
-    """The preset of ``plan`` with the plan's own size target."""
-    preset = PRESETS[plan.preset]
-    if plan.size_target is not None:
-        preset = replace(preset, price=replace(preset.price, target=plan.size_target))
-    return preset
-
-
 def build(plan: TrainingPlan) -> tuple[SaliencyModel, ModelSpec, bool]:
     """A fresh model, its description, and whether its classifier still has to be trained.
 
     Raises:
-        UsageError: the classifier, its weights or its layers are not as the plan says.
+        UsageError: the classifier, its weights, its layers or its fill are not as the plan says.
     """
+    preset = configure(plan.preset, plan.settings)
+    make_fill(preset.fill, preset.fill_options, mean=plan.mean, std=plan.std)
     torch.manual_seed(plan.seed)
     classifier = create_classifier(plan.source, plan.name, outputs=len(plan.class_names), arguments=plan.arguments)
     untrained = plan.weights is None
@@ -125,9 +118,10 @@ def build(plan: TrainingPlan) -> tuple[SaliencyModel, ModelSpec, bool]:
         state = read_state_dict(plan.weights) if is_file else hub_weights(plan.source, plan.name, plan.weights)
         untrained = bool(load_weights(classifier, state, where=f"--weights {plan.weights}"))
     maps = pyramid(plan.source, classifier, plan.input_size)
-    taps = choose_taps(maps, plan.layers)
+    layers = range(len(maps)) if preset.layers == "all" else None if preset.layers == "deep" else preset.layers
+    taps = choose_taps(maps, layers)
     backbone = tap_classifier(plan.source, classifier, taps, last_map=maps[-1].module)
-    masker_spec = MaskerSpec()
+    masker_spec = preset.masker
     mask_size = default_mask_size(plan.input_size)
     masker = build_masker(
         masker_spec, backbone, mask_size=mask_size, classes=len(plan.class_names), norm=SyncedBatchNorm2d
@@ -163,11 +157,11 @@ def train(plan: TrainingPlan, reporter: Reporter, *, resume: Path | None = None,
     The last checkpoint holds a folder `bundle`, the trained model.
     """
     torch.set_num_threads(usable_threads(plan.threads))
-    preset = plan_preset(plan)
+    preset = configure(plan.preset, plan.settings)
     model, spec, untrained = build(plan)
     model.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     normalise = Normaliser(plan.mean, plan.std, device)
-    fill = FILLS[preset.fill]()
+    fill = make_fill(preset.fill, preset.fill_options, mean=plan.mean, std=plan.std)
     blank_image = torch.zeros(1, 3, plan.input_size, plan.input_size, device=device)
     population = (
         Population(config=preset.population, seed=plan.seed)
@@ -212,12 +206,14 @@ def train(plan: TrainingPlan, reporter: Reporter, *, resume: Path | None = None,
             step, images, labels = next(stream)
             waited = time.monotonic() - asked
             phase, course = _phase(row["course"], pretraining)
+            areas = wanted_areas(plan, preset.area_range, step, device) if preset.masker.target_area else None
             logs = step_of(
-                Batch(normalise(images), torch.from_numpy(labels).to(device)),
+                Batch(normalise(images), torch.from_numpy(labels).to(device), areas),
                 step=step,
                 divisor=plan.batch_size,
                 phase=phase,
                 course=course,
+                generator=torch.Generator(device).manual_seed(noise_seed(plan.seed, step, collective.rank())),
             )
             now = time.monotonic()
             seconds = _agreed(spent + now - started)
@@ -237,7 +233,7 @@ def train(plan: TrainingPlan, reporter: Reporter, *, resume: Path | None = None,
 
     provenance = {
         "plan": {k: v for k, v in asdict(plan).items() if k not in ("paths", "labels", "class_names")},
-        "preset": asdict(preset),
+        "preset": describe(preset),
         "images": len(plan.paths),
         "steps": row["step"],
         "seconds": round(row.get("seconds", spent), 1),
@@ -274,6 +270,18 @@ class Normaliser:
     def __call__(self, images: np.ndarray) -> Tensor:
         x = torch.from_numpy(np.ascontiguousarray(images)).to(self.device, non_blocking=True)
         return ((x.float() / 255 - self.mean) / self.std).permute(0, 3, 1, 2)
+
+
+def wanted_areas(plan: TrainingPlan, area_range: tuple[float, float], step: int, device: str) -> Tensor:
+    """The mask areas that this worker's images of ``step`` are to have, (n,): a function of seed, step and place."""
+    random = np.random.default_rng([plan.seed, 0xA4EA, step])
+    drawn = random.uniform(*area_range, size=plan.batch_size)[collective.rank() :: collective.world_size()]
+    return torch.from_numpy(drawn).float().to(device)
+
+
+def noise_seed(seed: int, step: int, rank: int) -> int:
+    """Seed of sampled masks and random fills, which are drawn anew on every worker."""
+    return int(np.random.default_rng([seed, 0x4015E, step, rank]).integers(2**63))
 
 
 def _phase(course: float, pretraining: float) -> tuple[str, float]:
@@ -316,6 +324,7 @@ def _save(
     }
     torch.save(state, folder / "state.pt")
     with (folder / "log.csv").open("w", newline="", encoding="utf-8") as file:
+        # A method with one side only has no figures of the other.
         writer = csv.DictWriter(file, LOG_COLUMNS, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)

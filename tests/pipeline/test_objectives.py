@@ -149,7 +149,7 @@ def test_kl_prior_judges_by_difference_or_by_ratio() -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("side", "both"), ("objective", "hinge"), ("direction", "max"), ("area_distance", "l3")]
+    ("field", "value"), [("side", "both"), ("objective", "margin"), ("direction", "max"), ("area_distance", "l3")]
 )
 def test_unknown_settings_are_quoted(field: str, value: str) -> None:
     with pytest.raises(ValueError, match=f"{field} '{value}': use "):

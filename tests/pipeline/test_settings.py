@@ -1,0 +1,196 @@
+"""Every variant of the study is a preset and its differences, and every one of them trains."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.backbone import choose_taps, create_classifier, pyramid, tap_classifier
+from pipeline.errors import UsageError
+from pipeline.fills import make_fill
+from pipeline.model import SaliencyModel, build_masker
+from pipeline.objectives import KLPriorConfig, SideConfig
+from pipeline.population import Population, PopulationConfig
+from pipeline.presets import PRESETS, Preset
+from pipeline.settings import configure, describe
+from pipeline.step import JointStep
+from tests.pipeline.test_step import CLASSES, SIZE, a_batch, a_step, state
+
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "masked-in only": ("mask_out=none",),
+    "masked-out only": ("mask_in=none",),
+    "entropy on both sides": ("mask_in=entropy",),
+    "classification on both sides": ("mask_out=classification",),
+    "kl to the prior": ("mask_out=kl-prior", "mask_out.kl=backward"),
+    "target area": ("masker.target_area=true", "price.rule=fixed"),
+    "class-conditional": ("masker.class_conditional=true",),
+    "gumbel, hard": ("masker.concrete.mode=hard",),
+    "gumbel, soft, learned temperature": ("masker.concrete.mode=soft", "masker.concrete.temperature=none"),
+    "no population": ("population=none",),
+    "inert population": ("population.inert=true",),
+    "as published": ("compat=published", "population.inert=true"),
+    "frozen": ("classifier=frozen",),
+    "hinge": ("mask_in=hinge", "mask_out=hinge"),
+}
+
+
+def step_for(preset: Preset) -> JointStep:
+    torch.manual_seed(0)
+    classifier = create_classifier("torchvision", "resnet18", outputs=CLASSES, arguments={})
+    maps = pyramid("torchvision", classifier, SIZE)
+    backbone = tap_classifier("torchvision", classifier, choose_taps(maps, (0, 1, 2)), last_map=maps[-1].module)
+    model = SaliencyModel(
+        backbone=backbone, masker=build_masker(preset.masker, backbone, mask_size=8, classes=CLASSES)
+    ).double()
+    joint = preset.classifier == "joint"
+    population = Population(config=preset.population, seed=0) if preset.population and joint else None
+    fill = make_fill(preset.fill, preset.fill_options, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    return a_step(model, preset, population, fill=fill)
+
+
+def moved(step: JointStep, part: str, *, at: int = 1) -> bool:
+    module = getattr(step.model, part)
+    before = state(module)
+    batch = a_batch()
+    if step.preset.masker.target_area:
+        batch = batch._replace(areas=torch.linspace(0.25, 0.75, 6, dtype=torch.float64))
+    logs = step(batch, step=at, divisor=6, phase="joint", course=0.5, generator=torch.Generator().manual_seed(3))
+    assert all(value == value and abs(value) < 1e6 for value in logs.values()), logs
+    parameters = dict(module.named_parameters())
+    return any(not torch.equal(before[name], value) for name, value in parameters.items())
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_takes_a_step(name: str) -> None:
+    preset = configure("ca", VARIANTS[name])
+    assert moved(step_for(preset), "masker")
+    assert moved(step_for(preset), "backbone") == (preset.classifier == "joint")
+
+
+@pytest.mark.parametrize(
+    "fill", ["zero", "colour", "black", "blur", "pyramid", "local-mean", "noise", "others", "random"]
+)
+def test_every_fill_trains(fill: str) -> None:
+    settings = [f"fill={fill}", *(["fill_options.rgb=[0.2,0.4,0.6]"] if fill == "colour" else [])]
+    assert moved(step_for(configure("fix", settings)), "masker")
+
+
+def test_a_users_own_fill_trains(tmp_path: Path) -> None:
+    class Half(torch.nn.Module):
+        def forward(self, x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+            return 0.5 * x
+
+    torch.jit.save(torch.jit.script(Half()), tmp_path / "half.pt")
+    assert moved(step_for(configure("fix", ["fill=user", f"fill_options.path={tmp_path / 'half.pt'}"])), "masker")
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_every_preset_takes_a_step(name: str) -> None:
+    step = step_for(PRESETS[name])
+    assert moved(step, "masker")
+
+
+def test_same_generator_same_step() -> None:
+    preset = configure("fix", ["masker.concrete.mode=hard", "fill=noise"])
+    one, two = step_for(preset), step_for(preset)
+    assert moved(one, "masker") and moved(two, "masker")
+    for name, value in state(one.model.masker).items():
+        assert torch.equal(value, state(two.model.masker)[name]), name
+
+
+def test_an_inert_population_only_spares_the_classifier() -> None:
+    """At a drawn step the inert population judges with the current classifier, and the classifier learns clean pictures only."""
+    settings = ("population.inert=true", "population.probability=1")
+    inert, none = step_for(configure("ca", settings)), step_for(configure("ca", ("population=none",)))
+    assert inert.population is not None
+    inert.population.observe(0, inert.model.backbone)
+    with torch.no_grad():
+        next(iter(inert.population.snapshots))["extractor.conv1.weight"].zero_()
+    batch = a_batch()
+    asked = inert.losses(batch, divisor=6, phase="joint", drawn=0)
+    plain = none.losses(batch, divisor=6, phase="joint", drawn=None)
+    assert asked.masker is not None and plain.masker is not None and asked.classifier is not None
+    assert asked.masker.item() == pytest.approx(plain.masker.item(), rel=1e-12)
+    assert asked.classifier.item() == pytest.approx(float(asked.logs["clean_loss"]), rel=1e-12)
+
+
+def test_as_published_the_classifier_moves_before_it_judges() -> None:
+    """The masker's gradient is the one under a classifier that has taken its clean step already."""
+    settings = ("compat=published", "population=none")
+    step = step_for(configure("ca", settings))
+    batch = a_batch()
+    first = step_for(configure("ca", settings))
+    clean = first.clean(batch, divisor=6, phase="joint")
+    first._set_rates("joint", 0.5)
+    from pipeline.step import Losses
+
+    first._apply(
+        first.classifier_optimiser, first.classifier_parameters, first.gradients(Losses(None, clean.loss, {}))[1]
+    )
+    expected = first.masked(
+        batch, clean._replace(loss=clean.loss.detach(), logits=clean.logits.detach()), divisor=6, drawn=None
+    )
+    logs = step(batch, step=1, divisor=6, phase="joint", course=0.5)
+    assert expected.masker is not None
+    assert logs["masker_loss"] == pytest.approx(expected.masker.item(), rel=1e-9)
+    plain = step_for(configure("ca", ("population=none",)))(batch, step=1, divisor=6, phase="joint", course=0.5)
+    assert logs["masker_loss"] != pytest.approx(plain["masker_loss"], rel=1e-6)
+
+
+def test_settings_apply_from_left_to_right() -> None:
+    preset = configure("ca", ["mask_out=kl-prior", "mask_out.lambda_area=3", "price.target=0.6", "layers=[3,4]"])
+    assert preset.mask_out == KLPriorConfig(lambda_area=3.0)
+    assert preset.price.target == 0.6 and preset.layers == (3, 4)
+    assert configure("fix", ["population.size=3"]).population == PopulationConfig(size=3)
+    assert configure("ca", []) is PRESETS["ca"]
+    side = configure("ca", ["mask_in.direction=minimize"]).mask_in
+    assert isinstance(side, SideConfig) and side == replace(PRESETS["ca"].mask_in, direction="minimize")  # pyright: ignore
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("fill", "SLOT=VALUE"),
+        ("colour=red", "no slot 'colour'"),
+        ("price.aim=1", "no slot 'aim'"),
+        ("price.target=2", "not between 0 and 1"),
+        ("classifier=half", "'frozen' or 'joint'"),
+        ("mask_in=gradient", "use none, classification"),
+        ("fill=paint", "use zero, colour"),
+        ("batch_size.x=1", "no slots of its own"),
+        ("masker.width=0", "greater than or equal to 1"),
+        ("name=mine", "no slot 'name'"),
+    ],
+)
+def test_a_wrong_setting_is_said_in_one_line(setting: str, says: str) -> None:
+    with pytest.raises(UsageError) as error:
+        configure("ca", [setting])
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_method_needs_a_side() -> None:
+    with pytest.raises(UsageError, match="neither"):
+        configure("ca", ["mask_in=none", "mask_out=none"])
+
+
+def test_a_description_is_plain() -> None:
+    record = describe(configure("dabkowski-gal", ["masker.concrete.mode=soft"]))
+    assert record["masker"]["concrete"] == {"mode": "soft"} and record["mask_out"]["margin"] == 5.0
+
+
+def test_the_papers_constants() -> None:
+    """Paper section 3.3, whole."""
+    fix, ca = PRESETS["paper-fix"], PRESETS["paper-ca"]
+    for preset, weight in ((fix, 10.0), (ca, 15.0)):
+        assert preset.mask_out == SideConfig(side="out", objective="entropy", lambda_area=weight, lambda_tv=0.001)
+        assert preset.mask_in == SideConfig(side="in", objective="classification", lambda_area=1.0, lambda_tv=0.001)
+        assert (preset.weight_in, preset.weight_out, preset.layers, preset.batch_size) == (1.0, 1.0, (3, 4), 72)
+        assert preset.price.rule == "fixed" and preset.price.initial == 1.0 and not preset.relative_units
+        rates = preset.optimisation
+        assert (rates.masker_rate, rates.classifier_rate, rates.momentum, rates.weight_decay) == (1e-3, 1e-3, 0.9, 1e-4)
+        assert (rates.classifier_method, rates.decay, rates.clip_norm) == ("sgd", "steps", 10.0)
+    assert fix.classifier == "frozen" and fix.population is None
+    assert ca.classifier == "joint" and ca.population == PopulationConfig(probability=0.5, save_every=100, size=30)
