@@ -301,7 +301,7 @@ def test_state_survives_a_killed_head(overlays: dict[str, list[Object]], tmp_pat
                 value, process = call("find")
                 assert value == 2
                 end(head, signal.SIGKILL)
-                assert not listens(gcs_port)
+                until(lambda: not listens(gcs_port), 20, "the killed head is gone")
                 # As in a new pod, nothing of the old head is there but what Redis keeps.
                 again = [*start, f"--temp-dir={short_folder}/2"]
                 with running(again, environment | ours, tmp_path / "head2.log") as successor:
