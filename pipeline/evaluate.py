@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pipeline.metrics.boxes import Compat
     from pipeline.metrics.examples import Examples
     from pipeline.metrics.faithfulness import Protocol
-    from pipeline.metrics.scorer import Scorer
+    from pipeline.metrics.scorer import Explain, Scorer
 
 
 def parser() -> Parser:
@@ -55,6 +55,12 @@ def parser() -> Parser:
         help="wanted mask area, for maskers that take one (default: %(default)s)",
     )
     p.add_argument(
+        "--explain",
+        choices=["predicted", "label"],
+        default="predicted",
+        help="class that class-conditional maskers are told: the classifier's answer, or the true one (default: %(default)s)",
+    )
+    p.add_argument(
         "--faithfulness",
         type=int,
         default=0,
@@ -79,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         compat=arguments.compat,
         original=arguments.original,
         target_area=arguments.target_area,
+        explain=arguments.explain,
         faithfulness=arguments.faithfulness,
     )
     write_metrics(evaluation.metrics, arguments.out)
@@ -121,11 +128,15 @@ def run_evaluation(
     compat: Compat = None,
     original: str | None = None,
     target_area: float = 0.5,
+    explain: Explain = "predicted",
+    baselines: Sequence[str] | None = None,
     faithfulness: int = 0,
     faithfulness_protocol: Protocol | None = None,
     progress: bool = True,
 ) -> Evaluation:
     """Score ``bundle`` (a path, or loaded) on ``data``/``split``; see the command's flags for the meaning of the rest.
+
+    ``baselines``: those to score beside the model, of `pipeline.metrics.scorer.BASELINES`; all by default.
 
     Raises:
         UsageError: something that was named is missing or does not fit.
@@ -138,7 +149,7 @@ def run_evaluation(
     from pipeline.data.decode import ImageError
     from pipeline.metrics.examples import Example, Examples
     from pipeline.metrics.faithfulness import Protocol
-    from pipeline.metrics.scorer import Scorer
+    from pipeline.metrics.scorer import BASELINES, Scorer
 
     for name, value, least in (
         ("--batch-size", batch_size, 1),
@@ -152,7 +163,14 @@ def run_evaluation(
     if isinstance(bundle, (str, Path)):
         bundle = load_bundle(bundle)
     examples = Examples(data, bundle.spec, split=split, boxes=boxes, masks=masks, limit=limit, seed=seed, compat=compat)
-    scorer = Scorer(bundle, judge=_judge(bundle, original), compat=compat, target_area=target_area)
+    scorer = Scorer(
+        bundle,
+        judge=_judge(bundle, original),
+        compat=compat,
+        target_area=target_area,
+        explain=explain,
+        baselines=BASELINES if baselines is None else baselines,
+    )
     scored: list[int] = []
     unreadable: list[str] = []
     first = 0

@@ -170,8 +170,9 @@ PRESETS: dict[str, Preset] = {
             mask_in=_IN,
             mask_out=_OUT,
             population=PopulationConfig(probability=0.5, save_every=50, size=10),
+            pretraining=0.3,
             # A classifier that learns along reads more out of what a mask leaves, so that less can be asked of the mask.
-            price=AreaPriceConfig(target=0.5),
+            price=AreaPriceConfig(target=0.6),
         ),
         Preset(
             name="fix",

@@ -104,8 +104,7 @@ def fit(plan: TrainingPlan, *, out: str, workers: int | tuple[int, int], gpu: st
     cpus = max(1, int(resources.get("CPU", 1)) // most)
     if not use_gpu and resources.get("CPU", 0) < (workers if isinstance(workers, int) else workers[0]):
         raise UsageError(f"--workers {most}: the cluster has {resources.get('CPU', 0):.0f} CPUs; ask for fewer workers")
-    precision = ("bf16" if use_gpu else "fp32") if plan.precision == "auto" else plan.precision
-    fields = asdict(plan) | {"threads": cpus, "precision": precision}
+    fields = asdict(plan) | {"threads": cpus}
 
     trainer = TorchTrainer(
         worker,

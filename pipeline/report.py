@@ -198,7 +198,7 @@ def _cards(evaluation: Evaluation, examples: list[Example], positions: Sequence[
     scorer = evaluation.scorer
     spec = scorer.spec
     x = Normaliser(spec.mean, spec.std, scorer.device)(np.stack([example.image for example in examples]))
-    logits, masks = scorer.look(x)
+    logits, masks = scorer.look(x, scorer.targets(spec.class_index, np.array([example.label for example in examples])))
     scores, guesses = (value.tolist() for value in logits.softmax(1).max(1))
     maps = scorer.maps(x, masks)
     ious = scorer.tables()["model"][BOX_IOU]

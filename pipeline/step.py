@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline import collective
+from pipeline.acceleration import accelerate
 from pipeline.area_price import next_price
 from pipeline.batchnorm import frozen_statistics
 from pipeline.fills import Fill
@@ -89,9 +90,15 @@ class JointStep:
         trains_classifier: bool,
         autocast: torch.autocast | None = None,
         scratch: bool,
+        plain: bool = False,
     ) -> None:
-        """``blank``: (1, 3, S, S), the picture with everything masked.  ``scratch``: the classifier starts from random weights."""
+        """``blank``: (1, 3, S, S), the picture with everything masked.  ``scratch``: the classifier starts from random weights.
+
+        ``plain``: leave the classifier's layers as they are, instead of rewriting them (`pipeline.acceleration`).
+        """
         self.model = model
+        if not plain:
+            accelerate(model.backbone)
         self.preset = preset
         self.fill = fill
         self.blank = blank

@@ -111,7 +111,7 @@ def parser() -> Parser:
         "--precision",
         choices=("auto", "fp32", "bf16"),
         default="auto",
-        help="arithmetic of the networks (auto: bf16 on GPUs)",
+        help="arithmetic of the networks (auto: bf16 where the hardware computes with it)",
     )
     p.add_argument("--checkpoint-every", default="2m", metavar="TIME", help="time between checkpoints (default 2m)")
     p.add_argument("--seed", type=int, default=0, help="seed of everything random (default 0)")

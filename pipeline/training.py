@@ -77,7 +77,8 @@ class TrainingPlan:
     seed: int = 0
     settings: tuple[str, ...] = ()
     """``SLOT=VALUE`` for each slot of the preset that has another value (`pipeline.settings`)."""
-    precision: str = "fp32"
+    precision: str = "auto"
+    """`fp32`, `bf16`, or `auto`: bf16 where the hardware computes with it."""
     checkpoint_seconds: float = 120.0
     """Seconds between two checkpoints."""
     threads: int = 1
@@ -158,6 +159,7 @@ def train(plan: TrainingPlan, reporter: Reporter, *, resume: Path | None = None,
     """
     torch.set_num_threads(usable_threads(plan.threads))
     preset = configure(plan.preset, plan.settings)
+    precision = usable_precision(plan.precision, device)
     model, spec, untrained = build(plan)
     model.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     normalise = Normaliser(plan.mean, plan.std, device)
@@ -176,7 +178,7 @@ def train(plan: TrainingPlan, reporter: Reporter, *, resume: Path | None = None,
         population=population,
         batchnorm=plan.batchnorm,
         trains_classifier=untrained or preset.classifier == "joint",
-        autocast=torch.autocast(device, torch.bfloat16) if plan.precision == "bf16" else None,
+        autocast=torch.autocast(device, torch.bfloat16) if precision == "bf16" else None,
         scratch=untrained,
     )
     first, spent, rows = 0, 0.0, []
@@ -238,6 +240,7 @@ def train(plan: TrainingPlan, reporter: Reporter, *, resume: Path | None = None,
         "steps": row["step"],
         "seconds": round(row.get("seconds", spent), 1),
         "workers": collective.world_size(),
+        "precision": precision,
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "last": {key: round(value, 6) for key, value in row.items() if isinstance(value, float)},
     }
@@ -257,6 +260,14 @@ def usable_threads(wanted: int) -> int:
     """At most the processors that this process may run on: more threads than those wait for each other."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(wanted, allowed))
+
+
+def usable_precision(wanted: str, device: str) -> str:
+    """`fp32` or `bf16`; ``auto`` is bf16 on a GPU and on a CPU with instructions for it (twice the speed of fp32 there)."""
+    if wanted != "auto":
+        return wanted
+    native = torch.cuda.is_bf16_supported() if device == "cuda" else torch.cpu.get_capabilities().get("avx512_bf16")
+    return "bf16" if native else "fp32"
 
 
 class Normaliser:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ from pipeline.training import Normaliser
 BASELINES = ("whole", "center", "gaussian", "cam")
 BLIND = ("whole", "center", "gaussian")
 """Baselines that do not look at the image."""
+Explain = Literal["predicted", "label"]
+"""The class whose evidence a class-conditional masker is asked for."""
 COMPARED = ("LE", "OM", "F1", "SM")
 """Metrics whose difference from each baseline is given, image by image."""
 
@@ -31,23 +33,33 @@ class Scorer:
     """Scores the masks of a bundle and of every baseline on batches of examples."""
 
     def __init__(
-        self, bundle: Bundle, *, judge: Bundle | None, compat: Compat = None, target_area: float = 0.5
+        self,
+        bundle: Bundle,
+        *,
+        judge: Bundle | None,
+        compat: Compat = None,
+        target_area: float = 0.5,
+        explain: Explain = "predicted",
+        baselines: Sequence[str] = BASELINES,
     ) -> None:
         """``judge``: whose classifier the Saliency Metric asks; None leaves it out.
 
-        ``target_area``: the wanted area, for maskers that take one.
+        ``target_area``: the wanted area, for maskers that take one.  ``explain``: the class that class-conditional
+        maskers are told.  ``baselines``: which of `BASELINES` to score as well.
         """
         self.spec = bundle.spec
         self.size = bundle.spec.input_size
         self.compat: Compat = compat
         self.target_area = target_area
+        self.explain: Explain = explain
+        self.baselines = tuple(name for name in BASELINES if name in baselines)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = bundle.model.to(self.device, memory_format=torch.channels_last).eval()  # pyright: ignore[reportCallIssue]
         self.judge = judge
         if judge is not None:
             judge.model.to(self.device, memory_format=torch.channels_last).eval()  # pyright: ignore[reportCallIssue]
         self.activation = ClassActivation(self.model.backbone)
-        self.tallies = {name: Tally(size=self.size, compat=compat) for name in ("model", *BASELINES)}
+        self.tallies = {name: Tally(size=self.size, compat=compat) for name in ("model", *self.baselines)}
         self.labels: list[int] = []
 
     def add(self, examples: Sequence[Example]) -> None:
@@ -55,8 +67,9 @@ class Scorer:
         images = np.stack([example.image for example in examples])  # (N, S, S, 3) uint8
         labels = np.array([example.label for example in examples])
         x = Normaliser(self.spec.mean, self.spec.std, self.device)(images)
-        logits, masks = self.look(x)
-        top1, top5 = top_correct(logits, self._targets(self.spec.class_index, labels))
+        targets = self.targets(self.spec.class_index, labels)
+        logits, masks = self.look(x, targets)
+        top1, top5 = top_correct(logits, targets)
         boxes, pixels = [example.boxes for example in examples], [example.mask for example in examples]
         truth = Truth(boxes=boxes, masks=pixels, top1=top1, top5=top5)
         for name, maps in self.maps(x, masks).items():
@@ -69,12 +82,15 @@ class Scorer:
         self.labels += labels.tolist()
 
     @torch.no_grad()
-    def look(self, x: Tensor) -> tuple[Tensor, np.ndarray]:
-        """Logits (N, C) and masks (N, h, w) float32 of normalised images (N, 3, S, S).
+    def look(self, x: Tensor, targets: Tensor) -> tuple[Tensor, np.ndarray]:
+        """Logits (N, C) and masks (N, h, w) float32 of normalised images (N, 3, S, S) of classes ``targets`` (N,).
 
         The masks have the native resolution, or that of the input where the model stretches them bilinearly.
         """
-        conditions = {"target_area": x.new_full((len(x),), self.target_area)} if self.spec.masker.target_area else {}
+        masker = self.spec.masker
+        conditions = {"target_area": x.new_full((len(x),), self.target_area)} if masker.target_area else {}
+        if masker.class_conditional and self.explain == "label":
+            conditions["labels"] = targets
         logits, masks = self.model(x, **conditions)
         if self.spec.masker.upsampling == "bilinear":
             masks = upsample(masks, (self.size, self.size), "bilinear")
@@ -83,12 +99,15 @@ class Scorer:
     def maps(self, x: Tensor, masks: np.ndarray) -> dict[str, Maps]:
         """The maps of the model and of every baseline for one batch."""
         count, size = len(x), self.size
+        make = {
+            "whole": lambda: box_maps(whole_box(size), count, size),
+            "center": lambda: box_maps(center_box(size), count, size),
+            "gaussian": lambda: gaussian_maps(count, size),
+            "cam": lambda: maps_of(self.activation(x), size, compat=self.compat),
+        }
         return {
             "model": maps_of(masks, size, compat=self.compat),
-            "whole": box_maps(whole_box(size), count, size),
-            "center": box_maps(center_box(size), count, size),
-            "gaussian": gaussian_maps(count, size),
-            "cam": maps_of(self.activation(x), size, compat=self.compat),
+            **{name: make[name]() for name in self.baselines},
         }
 
     def faithfulness(
@@ -102,18 +121,20 @@ class Scorer:
             x = Normaliser(self.spec.mean, self.spec.std, self.device)(
                 np.stack([example.image for example in examples])
             )
-            for name, maps in self.maps(x, self.look(x)[1]).items():
+            targets = self.targets(self.spec.class_index, labels)
+            for name, maps in self.maps(x, self.look(x, targets)[1]).items():
                 gathered[name].add(
                     lambda images: backbone(images).logits,
                     x,
                     maps.masks,
                     labels=labels,
-                    targets=self._targets(self.spec.class_index, labels),
+                    targets=targets,
                     objects=[example.where() for example in examples],
                 )
         return {name: figures.summary() for name, figures in gathered.items()}
 
-    def _targets(self, class_index: Sequence[int], labels: np.ndarray) -> Tensor:
+    def targets(self, class_index: Sequence[int], labels: np.ndarray) -> Tensor:
+        """Logit indices (N,) of classes ``labels`` (N,) by a model's ``class_index``."""
         return torch.as_tensor(np.asarray(class_index)[labels], device=self.device)
 
     def _saliency(self, maps: Maps, x: Tensor, images: np.ndarray, labels: np.ndarray) -> SaliencyMetric | None:
@@ -123,7 +144,7 @@ class Scorer:
         if (spec.mean, spec.std) != (self.spec.mean, self.spec.std):
             x = Normaliser(spec.mean, spec.std, self.device)(images)
         backbone = self.judge.model.backbone
-        return saliency_metric(lambda cut: backbone(cut).logits, x, maps.boxes, self._targets(spec.class_index, labels))
+        return saliency_metric(lambda cut: backbone(cut).logits, x, maps.boxes, self.targets(spec.class_index, labels))
 
     def tables(self) -> dict[str, dict[str, np.ndarray]]:
         """``model`` and each baseline -> metric -> (n,) value per image, nan where there is none."""
@@ -138,7 +159,7 @@ class Scorer:
             columns = {metric: tables[name][metric] for metric in PER_IMAGE}
             summaries[name]["intervals"] = intervals(columns, seed=seed)
         differences = {}
-        for name in BASELINES:
+        for name in self.baselines:
             columns = {metric: tables["model"][metric] - tables[name][metric] for metric in COMPARED}
             ends = intervals(columns, seed=seed)
             differences[name] = {
@@ -149,7 +170,7 @@ class Scorer:
         return {
             **summaries["model"],
             "differences": differences,
-            "baselines": {name: summaries[name] for name in BASELINES},
+            "baselines": {name: summaries[name] for name in self.baselines},
         }
 
     def protocol(self, *, seed: int) -> dict[str, Any]:
@@ -164,7 +185,7 @@ class Scorer:
             "target_area": self.target_area if self.spec.masker.target_area else None,
             "class_rule": f"top-1 over all {self.spec.backbone.outputs} outputs; the model's masks take no class"
             if not self.spec.masker.class_conditional
-            else f"top-1 over all {self.spec.backbone.outputs} outputs; masks are of the predicted class",
+            else f"top-1 over all {self.spec.backbone.outputs} outputs; masks are of the {'predicted' if self.explain == 'predicted' else 'true'} class",
             "intervals": f"{LEVEL:.0%}, bootstrap over images, {RESAMPLES} resamples, seed {seed}",
             "differences": "model minus baseline on the same images, interval by the same resamples",
             "box": "largest 4-connected component of the cells above the mask's mean, tight box"

@@ -1,0 +1,162 @@
+"""The study as one table: mean and interval over seeds, and the paired difference from the row of reference."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from scipy import stats
+
+from pipeline.study_rows import ROWS
+
+LEVEL = 0.95
+FIGURES = ("LE", "OM", "F1", "PxAP", "MaxBoxAccV2", "mask_mean", "top1")
+CHANGES = ("top1_before", "top1_after", "agreement", "loss_barrier")
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean and the ends of its 95 % t-interval; with one value the ends are nan."""
+    x = np.asarray(values, dtype=np.float64)
+    mean = float(x.mean())
+    if len(x) < 2:
+        return mean, float("nan"), float("nan")
+    half = float(stats.t.ppf((1 + LEVEL) / 2, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x)))
+    return mean, mean - half, mean + half
+
+
+def summarise(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per variant, in the order of `ROWS`."""
+    by_row: dict[str, dict[int, dict[str, Any]]] = {}
+    for record in records:
+        by_row.setdefault(record["row"], {})[record["seed"]] = record
+    table = []
+    for name in (name for name in ROWS if name in by_row):
+        row, runs = ROWS[name], by_row[name]
+        line: dict[str, Any] = {"row": name, "summary": row.summary, "reference": row.reference, "seeds": len(runs)}
+        for figure in FIGURES:
+            values = [run["metrics"][figure] for run in runs.values() if run["metrics"].get(figure) is not None]
+            line[figure] = interval(values) if values else None
+        changes = [run["classifier"] for run in runs.values() if "classifier" in run]
+        for change in CHANGES:
+            line[change] = interval([run[change] for run in changes]) if changes else None
+        others = by_row.get(row.reference, {})
+        both = sorted(runs.keys() & others.keys())
+        differences = [runs[seed]["metrics"]["LE"] - others[seed]["metrics"]["LE"] for seed in both]
+        line["LE_difference"] = interval(differences) if differences else None
+        line["pairs"] = len(both)
+        table.append(line)
+    return table
+
+
+def findings(table: Sequence[dict[str, Any]]) -> list[str]:
+    """What the rows say of the paper's two findings, each as a sentence; none where a row is missing."""
+    lines = {line["row"]: line for line in table}
+    said = []
+    for kind in ("frozen", "joint"):
+        for side in ("in", "out"):
+            line = lines.get(f"{side}-{kind}")
+            if line is not None and line["LE_difference"] is not None and line["reference"] == f"both-{kind}":
+                said.append(_sentence(f"both sides instead of masked-{side} only, {kind} classifier", line, sign=-1))
+    line = lines.get("both-joint")
+    if line is not None and line["LE_difference"] is not None:
+        said.append(_sentence("training the classifier along instead of freezing it", line, sign=1))
+    return said
+
+
+def _sentence(what: str, line: dict[str, Any], *, sign: int) -> str:
+    mean, low, high = line["LE_difference"]
+    mean, low, high = (mean, low, high) if sign > 0 else (-mean, -high, -low)
+    if not np.isfinite(low):
+        verdict = "one seed, so nothing can be said of chance"
+    elif high < 0:
+        verdict = "holds: the whole interval is below 0"
+    elif low > 0:
+        verdict = "does not hold: the whole interval is above 0"
+    else:
+        verdict = "not decided: the interval holds 0"
+    ends = f" (95 % interval {100 * low:+.1f} to {100 * high:+.1f})" if np.isfinite(low) else ""
+    return f"{what}: LE changes by {100 * mean:+.1f} points{ends}, {line['pairs']} seeds; {verdict}."
+
+
+def write_study(records: Sequence[dict[str, Any]], out: Path, *, title: str) -> None:
+    """Write ``out/study.csv``, ``study.md`` and ``study.html``."""
+    table = summarise(records)
+    with (out / "study.csv").open("w", newline="", encoding="utf-8") as file:
+        columns = [*FIGURES, *CHANGES, "LE_difference"]
+        writer = csv.writer(file)
+        ends = [f"{name}{end}" for name in columns for end in ("", "_low", "_high")]
+        writer.writerow(["row", "reference", "seeds", "pairs", *ends])
+        for line in table:
+            cells = [value for name in columns for value in (line[name] or (None, None, None))]
+            writer.writerow([line["row"], line["reference"], line["seeds"], line["pairs"], *cells])
+    (out / "study.md").write_text(markdown(table, title), encoding="utf-8")
+    page = Environment(
+        loader=PackageLoader("pipeline"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page.filters["cell"] = cell
+    shown = page.get_template("study.html").render(
+        title=title, table=table, figures=FIGURES, changes=CHANGES, findings=findings(table), plot=plot(records, table)
+    )
+    (out / "study.html").write_text(shown, encoding="utf-8")
+
+
+def cell(value: tuple[float, float, float] | None) -> str:
+    """Per cent with half the width of the interval."""
+    if value is None:
+        return "-"
+    mean, low, high = value
+    return f"{100 * mean:.1f}" + (f" ± {100 * (high - low) / 2:.1f}" if np.isfinite(low) else "")
+
+
+def markdown(table: Sequence[dict[str, Any]], title: str) -> str:
+    """The table and what it says of the findings."""
+    names = [*FIGURES, "LE_difference", *CHANGES]
+    lines = [
+        f"# {title}",
+        "",
+        "Per cent (loss_barrier in hundredths of a nat), mean ± half of the 95 % t-interval over seeds.",
+        "",
+    ]
+    lines.append("| row | what | seeds | " + " | ".join(names) + " | reference |")
+    lines.append("|" + "---|" * (len(names) + 4))
+    for line in table:
+        cells = " | ".join(cell(line[name]) for name in names)
+        lines.append(f"| {line['row']} | {line['summary']} | {line['seeds']} | {cells} | {line['reference']} |")
+    return "\n".join([*lines, "", *(f"* {text}" for text in findings(table)), ""])
+
+
+def plot(records: Sequence[dict[str, Any]], table: Sequence[dict[str, Any]]) -> str:
+    """LE and mean mask of every run and the intervals of every row, as a PNG in a data URI."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 0.42 * len(table) + 1.4), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, name in zip(panels, ("LE", "mask_mean"), strict=True):
+        for place, line in enumerate(table):
+            values = [
+                100 * r["metrics"][name] for r in records if r["row"] == line["row"] and r["metrics"][name] is not None
+            ]
+            if not values or line[name] is None:
+                continue
+            mean, low, high = (100 * value for value in line[name])
+            axes.plot(values, [place] * len(values), "o", color="0.6", markersize=4)
+            if np.isfinite(low):
+                axes.plot([low, high], [place, place], "-", color="#0072b2")
+            axes.plot([mean], [place], "D", color="#0072b2", markersize=5)
+        axes.set_xlabel(f"{name}, per cent")
+        axes.grid(axis="x", color="0.9")
+    panels[0].set_yticks(range(len(table)), [line["row"] for line in table])
+    panels[0].invert_yaxis()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,0 +1,107 @@
+"""One run of the study: train a row with a seed, judge it, and keep a record of under 1 KB."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.study_rows import Row
+
+KEPT = ("LE", "OM", "F1", "SM", "PxAP", "MaxBoxAccV2", "mask_iou", "mask_mean", "mask_std", "entropy", "top1", "top5")
+"""Figures of `metrics.json` that a record keeps."""
+COMPARED_IMAGES = 200
+"""Validation images on which the classifier before and after is compared."""
+
+
+class _FolderReporter:
+    """Keeps the newest checkpoint in a folder, whole or not at all, and tells how far the run is."""
+
+    def __init__(self, folder: Path, tell: Callable[[dict[str, Any]], None]) -> None:
+        self.folder, self.tell = folder, tell
+
+    def progress(self, row: dict[str, Any]) -> None:
+        self.tell(row)
+
+    def checkpoint(self, write: Callable[[Path], None], row: dict[str, Any], *, final: bool) -> None:
+        partial, old = self.folder.with_suffix(".partial"), self.folder.with_suffix(".old")
+        for leftover in (partial, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write(partial)
+        if self.folder.exists():
+            self.folder.rename(old)
+        partial.rename(self.folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def run_trial(
+    row: Row,
+    seed: int,
+    arguments: list[str],
+    *,
+    folder: Path,
+    threads: int,
+    tell: Callable[[dict[str, Any]], None] = lambda row: None,
+) -> dict[str, Any]:
+    """Train and judge; goes on from the checkpoint in ``folder`` where there is one.
+
+    ``arguments``: of `pipeline.train`, the same for every row.  Returns the record.
+
+    Raises:
+        UsageError: an argument, the data or the weights are not usable.
+    """
+    from pipeline import training
+    from pipeline.evaluate import evaluate
+    from pipeline.planning import plan_training
+    from pipeline.train import parser
+
+    settings = [part for setting in row.settings for part in ("--set", setting)]
+    own = ["--preset", row.preset, "--out", str(folder), "--seed", str(seed), *row.arguments, *settings]
+    parsed = parser().parse_args([*arguments, *own])
+    plan = training.TrainingPlan.of(vars(plan_training(parsed)) | {"threads": threads})
+    started = time.monotonic()
+    state = folder / "state"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    resume = state if (state / "state.pt").is_file() else None
+    if resume is None or not (state / "bundle").is_dir():
+        training.train(plan, _FolderReporter(state, tell), resume=resume, device=device)
+    metrics = evaluate(state / "bundle", plan.data, baselines=(), original="none", progress=False)
+    record: dict[str, Any] = {
+        "row": row.name,
+        "seed": seed,
+        "config": {"preset": row.preset, "settings": row.settings, "arguments": [*arguments, *row.arguments]},
+        "metrics": {name: _rounded(metrics.get(name)) for name in KEPT},
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    spec = json.loads((state / "bundle" / "model.json").read_text(encoding="utf-8"))
+    record["steps"] = spec["training"]["steps"]
+    if plan.weights is not None:
+        record["classifier"] = {name: _rounded(v) for name, v in _changed(plan, state / "bundle").items()}
+    return record
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(float(value), 5)
+
+
+def _changed(plan: Any, bundle_folder: Path) -> dict[str, float]:
+    """The classifier that the run began with beside the one that it ended with."""
+    from pipeline.bundle import load_bundle
+    from pipeline.connectivity import compare_classifiers
+    from pipeline.metrics.examples import Example, Examples
+    from pipeline.training import Normaliser, build
+
+    bundle = load_bundle(bundle_folder)
+    before = build(plan)[0].backbone
+    examples = Examples(plan.data, bundle.spec, split="val", limit=COMPARED_IMAGES, seed=0)
+    shown = [e for batch in examples.batches(32) for e in batch if isinstance(e, Example)]
+    x = Normaliser(bundle.spec.mean, bundle.spec.std, "cpu")(np.stack([example.image for example in shown]))
+    targets = torch.tensor([bundle.spec.class_index[example.label] for example in shown])
+    return compare_classifiers(before, bundle.model.backbone, x, targets)

@@ -1,0 +1,113 @@
+"""The rewritten classifier is the plain one: same answers, same gradients, same state."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from pipeline.acceleration import _FoldingConv, accelerate
+from pipeline.backbone import Backbone, choose_taps, create_classifier, pyramid, tap_classifier
+from pipeline.batchnorm import synchronise
+
+NETWORKS = [
+    ("torchvision", "resnet18", {}),
+    ("torchvision", "mobilenet_v3_small", {}),
+    ("timm", "mobilenetv2_100", {"pad_type": "same"}),
+    ("timm", "efficientnet_b0", {}),
+]
+SIZE = 64
+
+
+def network(source: str, name: str, arguments: dict) -> Backbone:
+    torch.manual_seed(0)
+    classifier = create_classifier(source, name, outputs=5, arguments=arguments)
+    maps = pyramid(source, classifier, SIZE)
+    backbone = tap_classifier(source, classifier, choose_taps(maps, None), last_map=maps[-1].module)
+    for module in backbone.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):  # statistics and affine maps that a folding can get wrong
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.uniform_(module.bias, -0.3, 0.3)
+            module.running_mean.uniform_(-0.3, 0.3)
+            module.running_var.uniform_(0.5, 2.0)
+    return backbone.double()
+
+
+def images() -> torch.Tensor:
+    return torch.randn(3, 3, SIZE, SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def answer(backbone: Backbone, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Logits and maps, and the gradients of the input and of every parameter."""
+    x = x.clone().requires_grad_(True)
+    out = backbone(x)
+    values = [out.logits, *out.features.values()]
+    total = sum((value.square() * torch.linspace(0.5, 1, value.numel()).view_as(value)).sum() for value in values)
+    assert isinstance(total, torch.Tensor)
+    gradients = torch.autograd.grad(total, [x, *backbone.parameters()], allow_unused=True)
+    return torch.cat([value.flatten() for value in values]), [g for g in gradients if g is not None]
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize(("source", "name", "arguments"), NETWORKS)
+def test_answers_and_gradients_are_those_of_the_plain_network(source, name, arguments, mode) -> None:
+    plain = network(source, name, arguments)
+    fast = accelerate(copy.deepcopy(plain))
+    assert isinstance(fast, Backbone)
+    assert sum(isinstance(module, _FoldingConv) for module in fast.modules()) >= 10
+    for backbone in (plain, fast):
+        backbone.train(mode == "train")
+        for module in backbone.modules():
+            if isinstance(module, torch.nn.Dropout) or type(module).__name__ == "DropPath":
+                module.eval()
+    torch.manual_seed(2)
+    expected, expected_gradients = answer(plain, images())
+    torch.manual_seed(2)
+    found, gradients = answer(fast, images())
+    assert torch.allclose(found, expected, rtol=1e-9, atol=1e-9)
+    assert len(gradients) == len(expected_gradients)
+    for gradient, wanted in zip(gradients, expected_gradients, strict=True):
+        assert torch.allclose(gradient, wanted, rtol=1e-8, atol=1e-9 * max(1.0, wanted.abs().max().item()))
+    for key, value in plain.state_dict().items():
+        assert torch.allclose(fast.state_dict()[key].double(), value.double(), rtol=1e-9, atol=1e-12), key
+    assert list(fast.state_dict()) == list(plain.state_dict())
+
+
+def test_a_copy_folds_its_own_statistics() -> None:
+    """The population judges with copies: their convolutions must not look at the original's BatchNorm."""
+    fast = accelerate(network("torchvision", "resnet18", {})).eval()
+    twin = copy.deepcopy(fast).eval()
+    before = twin(images()).logits
+    with torch.no_grad():
+        for module in fast.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                assert module.running_mean is not None
+                module.running_mean.add_(1.0)
+    assert torch.equal(twin(images()).logits, before)
+    assert not torch.allclose(fast(images()).logits, before)
+
+
+def test_twice_is_once_and_synchronised_norms_fold_too() -> None:
+    backbone = network("timm", "mobilenetv2_100", {"pad_type": "same"})
+    expected = backbone.eval()(images()).logits
+    synchronise(backbone)
+    again = accelerate(accelerate(backbone))
+    assert torch.allclose(again(images()).logits, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_strided_depthwise_convolutions_in_bfloat16() -> None:
+    """The detour gives the cells of the strided convolution, and their gradients."""
+    plain = network("timm", "mobilenetv2_100", {"pad_type": "same"}).float().eval()
+    fast = accelerate(copy.deepcopy(plain)).eval()  # a copy of a traced network begins in train mode
+    x = images().float()
+    exact, exact_gradients = answer(plain, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, expected_gradients = answer(plain, x)
+        found, gradients = answer(fast, x)
+
+    def error(values: torch.Tensor, truth: torch.Tensor) -> float:
+        return ((values.float() - truth).norm() / truth.norm()).item()
+
+    assert error(found, exact) < 1.5 * error(expected, exact) < 0.1
+    assert error(gradients[0], exact_gradients[0]) < 1.5 * error(expected_gradients[0], exact_gradients[0])

@@ -1,0 +1,160 @@
+"""The study: its grid, its table, its records, and one small run of it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.backbone import choose_taps, create_classifier, pyramid, tap_classifier
+from pipeline.connectivity import compare_classifiers, interpolate, loss_barrier
+from pipeline.errors import UsageError
+from pipeline.settings import configure
+from pipeline.study import missing
+from pipeline.study_rows import CORE, ROWS, choose_rows
+from pipeline.study_table import findings, interval, summarise, write_study
+
+
+def record(row: str, seed: int, le: float, **more) -> dict:
+    figures = {"LE": le, "OM": le, "F1": 0.5, "PxAP": None, "MaxBoxAccV2": 0.5, "mask_mean": 0.3, "top1": 0.9}
+    return {"row": row, "seed": seed, "config": {"arguments": []}, "metrics": figures, **more}
+
+
+def test_every_row_is_a_method() -> None:
+    for row in ROWS.values():
+        configure(row.preset, row.settings)
+        assert row.reference in ROWS
+    assert [row.name for row in CORE] == [
+        "in-frozen",
+        "out-frozen",
+        "both-frozen",
+        "in-joint",
+        "out-joint",
+        "both-joint",
+    ]
+    assert [row.name for row in choose_rows("gumbel,core,gumbel")] == ["gumbel", *(row.name for row in CORE)]
+    with pytest.raises(UsageError, match="core, all, or some of in-frozen"):
+        choose_rows("nothing")
+
+
+def test_the_interval_is_students() -> None:
+    mean, low, high = interval([0.40, 0.42, 0.47])
+    assert mean == pytest.approx(0.43)
+    half = 4.302653 * np.std([0.40, 0.42, 0.47], ddof=1) / math.sqrt(3)
+    assert (low, high) == pytest.approx((mean - half, mean + half), abs=1e-6)
+    assert math.isnan(interval([0.4])[1])
+
+
+def test_differences_are_paired_by_seed() -> None:
+    records = [record("both-frozen", seed, le) for seed, le in enumerate((0.50, 0.40, 0.45))]
+    records += [record("in-frozen", seed, le) for seed, le in ((0, 0.53), (1, 0.44), (3, 0.9))]
+    line = next(line for line in summarise(records) if line["row"] == "in-frozen")
+    assert line["pairs"] == 2 and line["seeds"] == 3
+    assert line["LE_difference"][0] == pytest.approx(0.035)
+
+
+@pytest.mark.parametrize(
+    ("gains", "verdict"),
+    [((-0.05, -0.052, -0.048), "holds"), ((0.05, 0.052, 0.048), "does not hold"), ((0.05, -0.05, 0.01), "not decided")],
+)
+def test_findings_are_said_plainly(gains: tuple[float, ...], verdict: str) -> None:
+    records = [record("both-frozen", seed, 0.5) for seed in range(3)]
+    records += [record("both-joint", seed, 0.5 + gain) for seed, gain in enumerate(gains)]
+    (sentence,) = findings(summarise(records))
+    assert verdict in sentence and "3 seeds" in sentence
+
+
+def test_what_is_missing(tmp_path: Path) -> None:
+    rows = choose_rows("both-frozen,few-shot-1")
+    assert [(row.name, seed) for row, seed in missing(rows, range(2), tmp_path, [])] == [
+        ("both-frozen", 0), ("few-shot-1", 0), ("both-frozen", 1), ("few-shot-1", 1),
+    ]  # fmt: skip
+    (tmp_path / "both-frozen-0.json").write_text(json.dumps(record("both-frozen", 0, 0.5)))
+    assert len(missing(rows, range(2), tmp_path, [])) == 3
+    with pytest.raises(UsageError, match="another --out"):
+        missing(rows, range(2), tmp_path, ["--steps", "7"])
+
+
+def test_the_barrier_is_the_height_above_the_straight_line() -> None:
+    assert loss_barrier([1.0, 1.5, 2.0]) == 0
+    assert loss_barrier([1.0, 3.0, 2.0]) == pytest.approx(1.5)
+
+
+def test_a_classifier_beside_itself() -> None:
+    torch.manual_seed(0)
+    classifier = create_classifier("torchvision", "resnet18", outputs=3, arguments={})
+    maps = pyramid("torchvision", classifier, 32)
+    backbone = tap_classifier("torchvision", classifier, choose_taps(maps, (1,)), last_map=None).eval()
+    x, targets = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
+    same = compare_classifiers(backbone, backbone, x, targets)
+    assert same["agreement"] == 1 and same["loss_barrier"] == pytest.approx(0, abs=1e-6)
+    middle = interpolate(backbone, backbone, 0.5).eval()
+    assert torch.allclose(middle(x).logits, backbone(x).logits, atol=1e-5)
+
+
+@pytest.mark.timeout(600)
+def test_a_small_study_from_start_to_end(tmp_path: Path) -> None:
+    """Two rows, two seeds; run again it does nothing, and a record that is gone is made anew."""
+    random = np.random.default_rng(0)
+    for split, count in (("train", 6), ("val", 4)):
+        for label, name in enumerate(("dark", "light")):
+            folder = tmp_path / "data" / split / name
+            folder.mkdir(parents=True)
+            for k in range(count):
+                pixels = random.integers(120 * label, 120 * label + 100, (40, 40, 3)).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{k}.png")
+    with (tmp_path / "data" / "boxes.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "class", "x0", "y0", "x1", "y1", "w", "h"])
+        for name in ("dark", "light"):
+            writer.writerows([f"val/{name}/{k}.png", name, 5, 5, 30, 30, 40, 40] for k in range(4))
+    out = tmp_path / "study"
+    command = [sys.executable, "-m", "pipeline.study", "--data", str(tmp_path / "data"), "--out", str(out)]
+    command += ["--rows", "both-frozen,in-frozen", "--seeds", "2", "--steps", "4"]
+    command += ["--init", "resnet18", "--batch-size", "4", "--image-size", "32"]
+    environment = os.environ | {"RAY_ADDRESS": "local", "RAY_worker_niceness": "0"}
+    first = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
+    assert first.returncode == 0, first.stdout[-2000:] + first.stderr[-3000:]
+    records = sorted((out / "records").glob("*.json"))
+    assert [path.stem for path in records] == ["both-frozen-0", "both-frozen-1", "in-frozen-0", "in-frozen-1"]
+    assert all(path.stat().st_size < 1024 for path in records)
+    assert "both sides instead of masked-in only, frozen classifier" in first.stdout
+    assert (out / "study.html").read_text().count("<tr>") == 3 and "in-frozen" in (out / "study.md").read_text()
+    again = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert again.returncode == 0 and "trial" not in again.stderr, again.stderr[-2000:]
+
+
+def test_a_study_says_what_is_wrong(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pipeline.study", "--data", str(tmp_path), "--out", str(tmp_path / "out")]
+    for more, says in (
+        (["--rows", "x"], "--rows x"),
+        (["--seeds", "0"], "--seeds 0"),
+        (["--preset", "ca"], "--preset"),
+        ([], "no folder train/"),
+    ):
+        done = subprocess.run([*command, *more], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_the_table_is_written_in_three_ways(tmp_path: Path) -> None:
+    change = {"top1_before": 0.7, "top1_after": 0.9, "agreement": 0.8, "loss_barrier": 0.01}
+    records = [
+        record(name, seed, 0.4 + 0.01 * seed, classifier=change)
+        for name in ("both-joint", "both-frozen")
+        for seed in (0, 1)
+    ]
+    write_study(records, tmp_path, title="Study of <data>")
+    page = (tmp_path / "study.html").read_text()
+    assert "Study of &lt;data&gt;" in page and "data:image/png;base64," in page
+    rows = list(csv.DictReader((tmp_path / "study.csv").open()))
+    assert [row["row"] for row in rows] == ["both-frozen", "both-joint"]
+    assert float(rows[0]["LE"]) == pytest.approx(0.405) and float(rows[0]["agreement"]) == pytest.approx(0.8)
