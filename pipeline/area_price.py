@@ -6,6 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+RESCUE = 0.01
+"""How far the price falls to bring masks back that are vanishing."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class AreaPriceConfig:
@@ -24,10 +27,12 @@ class AreaPriceConfig:
     """The price at the start, in the units of the objective."""
     speed: float = 0.2
     """Relative change of the price per step and unit of misfit."""
-    lowest: float = 0.01
+    lowest: float = 2.0
+    """The price never falls below this; 2 is the published weight in units of log C (10 to 15 over log 1000)."""
     highest: float = 30.0
     smallest_area: float = 0.04
-    """Under this mean area the price falls whatever the uncertainty says: such masks are on their way to nothing."""
+    """Under this mean area the price falls whatever the uncertainty says, below `lowest` too: such masks are on their
+    way to nothing."""
 
     def __post_init__(self) -> None:
         if self.rule not in ("fixed", "entropy", "area"):
@@ -55,7 +60,10 @@ def next_price(
         misfit = min(misfits, default=0.0)
     else:
         misfit = mean_area - config.target
+    floor = config.lowest
     if mean_area < config.smallest_area:
-        misfit = -1.0
+        misfit, floor = -1.0, RESCUE
+    elif price < config.lowest:  # back to where it may be, step by step
+        misfit, floor = 1.0, RESCUE
     moved = math.log(price) + config.speed * misfit
-    return min(max(math.exp(moved), config.lowest), config.highest)
+    return min(max(math.exp(moved), floor), config.highest)

@@ -217,7 +217,7 @@ def test_the_options_are_the_public_ones() -> None:
     options = {option for action in command.parser()._actions for option in action.option_strings}
     assert options == {
         "-h", "--help", "--model", "--data", "--out", "--boxes", "--masks", "--split", "--batch-size", "--limit", "--seed",
-        "--report", "--compat", "--original", "--target-area", "--faithfulness",
+        "--report", "--compat", "--original", "--target-area", "--explain", "--faithfulness",
     }  # fmt: skip
 
 

@@ -176,16 +176,20 @@ def test_population_draws_depend_on_seed_and_step_alone() -> None:
 def test_the_price_holds_what_it_is_told_to_hold() -> None:
     config = AreaPriceConfig(rule="entropy", target=0.8, sufficiency=0.8)
 
-    def moved(config: AreaPriceConfig, hidden: float, shown: float, area: float, price: float = 1.0) -> float:
-        return next_price(config, price, entropy_share=hidden, sufficiency=shown, mean_area=area)
+    def moved(hidden: float | None, shown: float | None, area: float, price: float = 4.0, **changes) -> float:
+        changed = replace(config, **changes)
+        return next_price(changed, price, entropy_share=hidden, sufficiency=shown, mean_area=area)
 
-    assert moved(config, 0.9, 1.0, 0.5) > 1.0, "hides more than asked and shows enough: area gets dearer"
-    assert moved(config, 0.7, 1.0, 0.5) < 1.0, "hides too little"
-    assert moved(config, 0.9, 0.5, 0.5) < 1.0, "shows too little"
-    assert moved(config, 0.99, 1.0, 0.01) < 1.0, "a vanishing mask gets cheaper"
-    assert moved(replace(config, rule="fixed"), 0.9, 1.0, 0.5) == 1.0
-    assert moved(config, 1.0, 1.0, 1.0, config.highest) == config.highest
-    assert moved(AreaPriceConfig(rule="area", target=0.3), 0.0, 0.0, 0.5) > 1.0
+    assert moved(0.9, 1.0, 0.5) > 4.0, "hides more than asked and shows enough: area gets dearer"
+    assert moved(0.7, 1.0, 0.5) < 4.0, "hides too little"
+    assert moved(0.9, 0.5, 0.5) < 4.0, "shows too little"
+    assert moved(0.9, None, 0.5) > 4.0 > moved(None, 0.5, 0.5), "with one side only, that side decides"
+    assert moved(0.1, 0.1, 0.5, config.lowest) == config.lowest, "never below the published weight ..."
+    assert moved(0.99, 1.0, 0.01, config.lowest) < config.lowest, "... but to bring a vanishing mask back"
+    assert 1.0 < moved(0.1, 0.1, 0.5, 1.0) < config.lowest, "and from there it climbs step by step"
+    assert moved(0.9, 0.5, 0.5, rule="fixed") == 4.0
+    assert moved(1.0, 1.0, 1.0, config.highest) == config.highest
+    assert moved(0.0, 0.0, 0.5, rule="area", target=0.3) > 4.0
     for wrong in ({"rule": "magic"}, {"target": 1.5}, {"initial": 0.0}):
         with pytest.raises(ValueError, match="area price"):
             AreaPriceConfig(**wrong)

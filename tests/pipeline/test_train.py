@@ -41,7 +41,7 @@ def test_the_flags_are_frozen() -> None:
     assert flags == {
         "-h", "--help", "--preset", "--data", "--out", "--init", "--init-arg", "--weights", "--mean", "--std",
         "--batchnorm", "--class-map", "--class-names", "--per-class", "--image-size", "--geometry", "--layers",
-        "--size-target", "--batch-size", "--epochs", "--steps", "--budget", "--workers", "--gpu", "--precision",
+        "--size-target", "--set", "--fill", "--batch-size", "--epochs", "--steps", "--budget", "--workers", "--gpu", "--precision",
         "--checkpoint-every", "--seed",
     }  # fmt: skip
     assert parse_workers("3") == 3 and parse_workers("1:4") == (1, 4)

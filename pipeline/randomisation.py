@@ -1,0 +1,178 @@
+"""Sanity checks after Adebayo et al. 2018: an explanation of a classifier has to change when the classifier does.
+
+Under a fixed masker, parts of the classifier get fresh weights: from the output down, all together (cascading), or each
+part alone (independent).  A masker is itself trained, so there is a second question: how alike are the masks of maskers
+that were *retrained*, each for its own randomised classifier?  And a third: those of a model that learnt random labels?
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pipeline.bundle import Bundle, load_bundle
+from pipeline.data.listing import read_split
+from pipeline.errors import UsageError
+from pipeline.metrics.masks import upsample_nearest
+from pipeline.metrics.similarity import similarities
+from pipeline.model import SaliencyModel
+from pipeline.sanity_layers import randomisable_modules
+from pipeline.training import TrainingPlan, train
+
+MEASURES = ("spearman", "abs_spearman", "ssim", "hog_correl")
+PREFIX = "extractor."
+
+
+def fresh_weights(module: nn.Module) -> None:
+    """Initialise ``module`` and all in it anew, buffers of BatchNorm included, by the rules of its layers."""
+    for part in module.modules():
+        reset = getattr(part, "reset_parameters", None) or getattr(part, "_reset_parameters", None)
+        if callable(reset):
+            reset()
+            continue
+        for parameter in part.parameters(recurse=False):  # tokens and scales, whose modules have no rule of their own
+            nn.init.normal_(parameter, std=0.02)
+
+
+def randomised(model: SaliencyModel, modules: Sequence[str], *, seed: int) -> SaliencyModel:
+    """A copy of ``model`` whose classifier has fresh weights in ``modules``; a module's weights depend on seed and name."""
+    twin = copy.deepcopy(model)
+    for name in modules:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(np.random.default_rng([seed, *name.encode()]).integers(2**31)))
+            fresh_weights(twin.backbone.extractor.get_submodule(name))
+    return twin.eval().requires_grad_(False)
+
+
+def stages(model: SaliencyModel, *, depth: int) -> list[str]:
+    """The classifier's modules from the output down."""
+    return randomisable_modules(model.backbone.extractor, depth)[::-1]
+
+
+@torch.no_grad()
+def masks_of(model: SaliencyModel, x: Tensor, *, batch_size: int = 32) -> np.ndarray:
+    """Masks (n, h, w) of normalised images (n, 3, S, S)."""
+    parts = [model(x[k : k + batch_size])[1][:, 0] for k in range(0, len(x), batch_size)]
+    return torch.cat(parts).float().numpy()
+
+
+def compare(reference: np.ndarray, masks: np.ndarray, size: int) -> dict[str, float]:
+    """Mean of each measure over the images; HOG at the input's resolution, where its cells are defined."""
+    rows = []
+    for one, two in zip(reference, masks, strict=True):
+        row = similarities(one, two) if min(one.shape) >= 48 else _coarse(one, two, size)
+        rows.append(row)
+    means = {}
+    for name in MEASURES:
+        values = np.array([row[name] for row in rows])
+        means[name] = float(np.nanmean(values)) if np.isfinite(values).any() else math.nan
+    return means
+
+
+def _coarse(one: np.ndarray, two: np.ndarray, size: int) -> dict[str, float]:
+    wide = max(size, 48)
+    return similarities(upsample_nearest(one, wide), upsample_nearest(two, wide))
+
+
+def fixed_masker(
+    bundle: Bundle, x: Tensor, *, depth: int, seed: int, cascading: bool
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """(module, likeness of the masks to those of the whole model), from the output down."""
+    reference = masks_of(bundle.model, x)
+    names = stages(bundle.model, depth=depth)
+    for place, name in enumerate(names):
+        chosen = names[: place + 1] if cascading else [name]
+        masks = masks_of(randomised(bundle.model, chosen, seed=seed), x)
+        yield name, compare(reference, masks, bundle.spec.input_size)
+
+
+def retrained_masker(
+    bundle: Bundle, x: Tensor, data: str, *, depth: int, seed: int, steps: int, points: int, folder: Path
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """As `fixed_masker`, cascading, but each randomised classifier gets a masker of its own, trained for ``steps``.
+
+    The first pair is the control: the whole classifier again, with another seed for the masker.
+    """
+    names = stages(bundle.model, depth=depth)
+    places = sorted({round(k * len(names) / points) for k in range(1, points + 1)})
+    reference = masks_of(_retrain(bundle, bundle.model, data, steps, seed, folder / "reference"), x)
+    control = masks_of(_retrain(bundle, bundle.model, data, steps, seed + 1, folder / "control"), x)
+    yield "(none)", compare(reference, control, bundle.spec.input_size)
+    for place in places:
+        twin = randomised(bundle.model, names[:place], seed=seed)
+        masks = masks_of(_retrain(bundle, twin, data, steps, seed, folder / str(place)), x)
+        yield names[place - 1], compare(reference, masks, bundle.spec.input_size)
+
+
+def random_labels(
+    bundle: Bundle, x: Tensor, data: str, *, seed: int, steps: int, folder: Path
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """Models trained from the start for ``steps`` on the true labels with another seed, and on labels drawn at random."""
+    plan = replace(_plan(bundle, data, steps, seed), weights=None, batchnorm="sync", preset=bundle.spec.preset)
+    drawn = np.random.default_rng([seed, 0x1ABE1]).choice(np.unique(plan.labels), len(plan.labels))
+    reference = masks_of(_trained(plan, folder / "true"), x)
+    yield (
+        "true labels",
+        compare(reference, masks_of(_trained(replace(plan, seed=seed + 1), folder / "again"), x), plan.input_size),
+    )
+    shuffled = replace(plan, labels=tuple(int(label) for label in drawn))
+    yield "random labels", compare(reference, masks_of(_trained(shuffled, folder / "random"), x), plan.input_size)
+
+
+def _plan(bundle: Bundle, data: str, steps: int, seed: int) -> TrainingPlan:
+    """The plan that the bundle was trained by, for so many steps."""
+    fields = bundle.spec.training.get("plan")
+    if fields is None:
+        raise UsageError(
+            f"{bundle.path} was not made by pipeline.train, so it cannot be trained again; leave --retrain out"
+        )
+    split = read_split(data, "train", classes=bundle.spec.data_classes)
+    fresh = {
+        "data": str(Path(data).resolve()),
+        "paths": tuple(split.paths),
+        "labels": tuple(bundle.spec.class_index[label] for label in split.labels),
+        "class_names": tuple(bundle.spec.class_names),
+        "steps": steps,
+        "budget": None,
+        "seed": seed,
+        "checkpoint_seconds": math.inf,
+    }
+    return TrainingPlan.of(fields | fresh)
+
+
+def _retrain(bundle: Bundle, model: SaliencyModel, data: str, steps: int, seed: int, folder: Path) -> SaliencyModel:
+    """``model``'s classifier, frozen, with a masker trained for it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = folder / "classifier.safetensors"
+    state = model.backbone.state_dict()
+    save_file({name.removeprefix(PREFIX): value.contiguous() for name, value in state.items()}, weights)
+    plan = replace(_plan(bundle, data, steps, seed), weights=str(weights), preset="fix", settings=(), batchnorm="eval")
+    return _trained(plan, folder)
+
+
+def _trained(plan: TrainingPlan, folder: Path) -> SaliencyModel:
+    folder.mkdir(parents=True, exist_ok=True)
+    train(plan, _Last(folder))
+    return load_bundle(folder / "bundle").model
+
+
+class _Last:
+    """Keeps what the run ends with."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def progress(self, row: dict[str, object]) -> None:
+        """Nothing to show."""
+
+    def checkpoint(self, write: Callable[[Path], None], row: dict[str, object], *, final: bool) -> None:
+        if final:
+            write(self.folder)
