@@ -41,8 +41,9 @@ class Optimisation:
     classifier_method: Literal["adam", "sgd"] = "adam"
     """The classifier's optimiser.  The paper's is SGD; Adam's steps do not depend on how a network
     spreads its scale over its layers, which differs widely between sources (folded BatchNorm, say)."""
-    classifier_rate: float = 1e-4
-    """Its learning rate where the classifier brings its weights."""
+    classifier_rate: float = 2e-5
+    """Its learning rate where the classifier brings its weights: low, for one that learns fast reads the class out of
+    what every mask leaves."""
     scratch_rate: float = 1e-3
     """Its learning rate where the classifier starts from random weights."""
     joint_scratch_factor: float = 0.3
@@ -97,25 +98,25 @@ class Preset:
 
 
 # Size weights in the proportion of the paper's: masked-in 1, masked-out 10 (FIX) or 15 (CA).
-_IN = SideConfig(side="in", objective="classification", lambda_area=0.1, lambda_tv=0.0002)
-_OUT = SideConfig(side="out", objective="entropy", lambda_area=1.0, lambda_tv=0.0002)
+_IN = SideConfig(side="in", objective="classification", lambda_area=0.1, lambda_tv=0.001)
+_OUT = SideConfig(side="out", objective="entropy", lambda_area=1.0, lambda_tv=0.001)
 _FIXED = AreaPriceConfig(rule="fixed", initial=1.0)
 
 SIDES: dict[str, dict[str, SideConfig | KLPriorConfig | None]] = {
     "mask_in": {
         "none": None,
         "classification": _IN,
-        "entropy": SideConfig(side="in", objective="entropy", direction="minimize", lambda_area=0.1, lambda_tv=0.0002),
-        "hinge": SideConfig(side="in", objective="hinge", lambda_area=0.1, lambda_tv=0.0002),
+        "entropy": SideConfig(side="in", objective="entropy", direction="minimize", lambda_area=0.1, lambda_tv=0.001),
+        "hinge": SideConfig(side="in", objective="hinge", lambda_area=0.1, lambda_tv=0.001),
         "kl-prior": KLPriorConfig(lambda_area=0.1),
     },
     "mask_out": {
         "none": None,
         "classification": SideConfig(
-            side="out", objective="classification", direction="minimize", lambda_area=1.0, lambda_tv=0.0002
+            side="out", objective="classification", direction="minimize", lambda_area=1.0, lambda_tv=0.001
         ),
         "entropy": _OUT,
-        "hinge": SideConfig(side="out", objective="hinge", direction="minimize", lambda_area=1.0, lambda_tv=0.0002),
+        "hinge": SideConfig(side="out", objective="hinge", direction="minimize", lambda_area=1.0, lambda_tv=0.001),
         "kl-prior": KLPriorConfig(lambda_area=1.0),
     },
 }
@@ -182,7 +183,7 @@ PRESETS: dict[str, Preset] = {
             mask_out=_OUT,
             pretraining=0.5,
             # Pictures with grey holes are strange to a frozen classifier, so that fewer of them can be recognised.
-            price=AreaPriceConfig(sufficiency=0.7),
+            price=AreaPriceConfig(target=0.7, sufficiency=0.45),
             # A frozen classifier cannot learn pictures by heart, so the masker sees objects at the size that they have.
             augmentation=Augmentation(smallest_area=1.0, aspect=1.0),
         ),
