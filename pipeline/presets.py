@@ -10,8 +10,9 @@ their place, so that one preset holds from 10 classes to 1000, from 64 to 224 pi
    to the bare fill, at least a quarter of log C.  A mask that hides all evidence scores 1 whatever the number of classes,
    and whatever the classifier has learnt to say of nothing.
 2. *Price.*  The weight of the area is a dual variable (`pipeline.area_price`): it rises while the masked-out pictures
-   keep more than a stated share of that uncertainty and the masked-in ones are recognised, and falls otherwise.  The masks become
-   the smallest that still hide the evidence and still show enough of it; their size is found from the data instead of being set.
+   keep more than a stated share of that uncertainty and the masked-in ones are recognised, and falls otherwise, but not
+   below 2, the published weight in the units of rule 1.  The masks become the smallest that still hide the evidence and
+   still show enough of it; their size is found from the data instead of being set.
 3. *Length.*  TV sums over pixels, so a contour of the same shape costs twice as much at twice the resolution; its
    weight is scaled by 224 / input size.
 
