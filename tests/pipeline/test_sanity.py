@@ -61,6 +61,7 @@ def bundle(data: Path) -> Bundle:
         data_classes=tuple(split.classes), class_index=(0, 1), class_names=tuple(split.classes), source="torchvision",
         name="resnet18", mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), batchnorm="sync", input_size=64, steps=6, batch_size=4,
     )  # fmt: skip
+    (data.parent / "run").mkdir()
     train(plan, _Keep(data.parent / "run"))
     return load_bundle(data.parent / "run" / "bundle")
 
