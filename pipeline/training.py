@@ -266,10 +266,7 @@ def usable_precision(wanted: str, device: str) -> str:
     """`fp32` or `bf16`; ``auto`` is bf16 on a GPU and on a CPU with instructions for it (twice the speed of fp32 there)."""
     if wanted != "auto":
         return wanted
-    if device == "cuda":
-        native = torch.cuda.is_bf16_supported()
-    else:  # the older name, which newer releases keep
-        native = torch.cpu._is_avx512_bf16_supported()
+    native = torch.cuda.is_bf16_supported() if device == "cuda" else torch.cpu._is_avx512_bf16_supported()
     return "bf16" if native else "fp32"
 
 
