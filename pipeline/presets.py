@@ -184,7 +184,7 @@ PRESETS: dict[str, Preset] = {
             mask_out=_OUT,
             pretraining=0.5,
             # Pictures with grey holes are strange to a frozen classifier, so that fewer of them can be recognised.
-            price=AreaPriceConfig(target=0.7, sufficiency=0.45),
+            price=AreaPriceConfig(target=0.75, sufficiency=0.45),
             # A frozen classifier cannot learn pictures by heart, so the masker sees objects at the size that they have.
             augmentation=Augmentation(smallest_area=1.0, aspect=1.0),
         ),
