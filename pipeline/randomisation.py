@@ -29,6 +29,9 @@ from pipeline.training import TrainingPlan, train
 
 MEASURES = ("spearman", "abs_spearman", "ssim", "hog_correl")
 PREFIX = "extractor."
+"""What a backbone's state dict puts before the classifier's own names."""
+SMALLEST = 48
+"""Side of the smallest mask that has HOG cells, in cells of the mask."""
 
 
 def fresh_weights(module: nn.Module) -> None:
@@ -65,21 +68,18 @@ def masks_of(model: SaliencyModel, x: Tensor, *, batch_size: int = 32) -> np.nda
 
 
 def compare(reference: np.ndarray, masks: np.ndarray, size: int) -> dict[str, float]:
-    """Mean of each measure over the images; HOG at the input's resolution, where its cells are defined."""
-    rows = []
-    for one, two in zip(reference, masks, strict=True):
-        row = similarities(one, two) if min(one.shape) >= 48 else _coarse(one, two, size)
-        rows.append(row)
+    """Mean of each measure over the images, for masks (n, h, w) of inputs of ``size`` pixels.
+
+    Masks of fewer than 48 cells are stretched to the input first: HOG is not defined on them.
+    """
+    if min(masks.shape[1:]) < SMALLEST:
+        reference, masks = (upsample_nearest(m, max(size, SMALLEST)) for m in (reference, masks))
+    rows = [similarities(one, two) for one, two in zip(reference, masks, strict=True)]
     means = {}
     for name in MEASURES:
         values = np.array([row[name] for row in rows])
         means[name] = float(np.nanmean(values)) if np.isfinite(values).any() else math.nan
     return means
-
-
-def _coarse(one: np.ndarray, two: np.ndarray, size: int) -> dict[str, float]:
-    wide = max(size, 48)
-    return similarities(upsample_nearest(one, wide), upsample_nearest(two, wide))
 
 
 def fixed_masker(

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pipeline.data.decode import ImageError
 from pipeline.errors import UsageError
@@ -19,6 +18,7 @@ from pipeline.metrics.faithfulness import FAITHFULNESS
 from pipeline.metrics.localisation import clip_boxes
 from pipeline.metrics.masks import upsample_nearest
 from pipeline.metrics.tally import BOX_IOU, Maps, PixelBox
+from pipeline.pages import render
 from pipeline.training import Normaliser
 
 TILE = 192
@@ -62,15 +62,9 @@ def write_report(evaluation: Evaluation, path: str | Path) -> None:
     Raises:
         UsageError: ``path`` cannot be written.
     """
-    environment = Environment(
-        loader=PackageLoader("pipeline"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["percent"] = percent
-    page = environment.get_template("report.html").render(
+    page = render(
+        "report.html",
+        filters={"percent": percent},
         spec=evaluation.scorer.spec,
         metrics=evaluation.metrics,
         table=figure_table(evaluation.metrics, COLUMNS),

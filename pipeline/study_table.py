@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from scipy import stats
 
+from pipeline.pages import render
 from pipeline.study_rows import ROWS
 
 LEVEL = 0.95
@@ -96,16 +96,15 @@ def write_study(records: Sequence[dict[str, Any]], out: Path, *, title: str) -> 
             cells = [value for name in columns for value in (line[name] or (None, None, None))]
             writer.writerow([line["row"], line["reference"], line["seeds"], line["pairs"], *cells])
     (out / "study.md").write_text(markdown(table, title), encoding="utf-8")
-    page = Environment(
-        loader=PackageLoader("pipeline"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page.filters["cell"] = cell
-    shown = page.get_template("study.html").render(
-        title=title, table=table, figures=FIGURES, changes=CHANGES, findings=findings(table), plot=plot(records, table)
+    shown = render(
+        "study.html",
+        filters={"cell": cell},
+        title=title,
+        table=table,
+        figures=FIGURES,
+        changes=CHANGES,
+        findings=findings(table),
+        plot=plot(records, table),
     )
     (out / "study.html").write_text(shown, encoding="utf-8")
 

@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def run_trial(
     settings = [part for setting in row.settings for part in ("--set", setting)]
     own = ["--preset", row.preset, "--out", str(folder), "--seed", str(seed), *row.arguments, *settings]
     parsed = parser().parse_args([*arguments, *own])
-    plan = training.TrainingPlan.of(vars(plan_training(parsed)) | {"threads": threads})
+    plan = replace(plan_training(parsed), threads=threads)
     started = time.monotonic()
     state = folder / "state"
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -18,7 +18,6 @@ from export.triton import configuration
 from pipeline.data.planted import write_planted
 from pipeline.errors import UsageError
 
-pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx, which the extra [dev] installs")
 without_gpu = pytest.mark.skipif(bool(gpus()), reason="this machine has a GPU")
 
 

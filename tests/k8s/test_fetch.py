@@ -81,7 +81,7 @@ def test_publish_and_fetch(
     (built / "model.plan.json").write_text("{}")
 
     publish = find(objects, "Job", "export")["spec"]["template"]["spec"]["containers"][0]
-    assert run(publish, script, store, {"/work": tmp_path / "work"}) == (0, "")
+    assert run(publish, script, store, {"/export": tmp_path / "work"}) == (0, "")
     keys = {entry["Key"] for entry in client.list_objects_v2(Bucket="onepass")["Contents"]}
     assert keys >= {"engines/v1/model.plan", "engines/v1/model.plan.json"}
 

@@ -148,13 +148,15 @@ def test_versions_agree(objects: list[Object]) -> None:
     assert image in ({f"onepass-saliency:{project['version']}-{target}"} for target in TARGETS)
 
 
-def test_constraints_hold_every_dependency() -> None:
-    pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", (K8S / "constraints.txt").read_text(), re.MULTILINE))
+@pytest.mark.parametrize(("file", "extras"), [("k8s/constraints.txt", ()), ("tests/constraints.txt", ("dev",))])
+def test_constraints_hold_every_dependency(file: str, extras: tuple[str, ...]) -> None:
+    pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", (K8S.parent / file).read_text(), re.MULTILINE))
     project = tomllib.loads((K8S.parent / "pyproject.toml").read_text())["project"]
-    for text in project["dependencies"]:
+    wanted = [*project["dependencies"], *(text for extra in extras for text in project["optional-dependencies"][extra])]
+    for text in wanted:
         requirement = Requirement(text)
         if requirement.marker is None or requirement.marker.evaluate({"sys_platform": "linux"}):
-            assert requirement.name in pins, f"{requirement.name} is not in k8s/constraints.txt"
+            assert requirement.name in pins, f"{requirement.name} is not in {file}"
             assert requirement.specifier.contains(pins[requirement.name]), text
 
 

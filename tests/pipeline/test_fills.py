@@ -131,3 +131,22 @@ def test_wrong_settings_are_quoted() -> None:
             FILLS[name](**options)
     with pytest.raises(NotImplementedError):
         Fill().apply(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1))
+
+
+def test_the_random_mixture_is_drawn_for_every_image() -> None:
+    """Half of the images are blurred, the others flat with noise; what stays visible is almost the picture."""
+    from pipeline.fills import RandomMixture
+
+    x = torch.randn(40, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    fill = RandomMixture()
+    hidden = fill.content(x, torch.zeros(40, 1, 24, 24), torch.Generator().manual_seed(1))
+    blurred = gaussian_blur(x, 11.0)
+    is_blurred = [bool(torch.equal(one, two)) for one, two in zip(hidden, blurred, strict=True)]
+    assert 10 < sum(is_blurred) < 30
+    flat = torch.stack([image for image, blur in zip(hidden, is_blurred, strict=True) if not blur])
+    assert flat.mean((2, 3)).abs().max() < 0.33 + 0.05
+    assert 0.09 < (flat - flat.mean((2, 3), keepdim=True)).std() < 0.13
+    shown = fill.apply(x, torch.ones(40, 1, 24, 24), torch.Generator().manual_seed(1))
+    assert 0.02 < (shown - x).std() < 0.04
+    again = fill.content(x, torch.zeros(40, 1, 24, 24), torch.Generator().manual_seed(1))
+    assert torch.equal(again, hidden)

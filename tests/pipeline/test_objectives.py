@@ -15,6 +15,7 @@ from pipeline.objectives import (
     SideConfig,
     area_term,
     entropy_objective,
+    hinge_objective,
     kl_prior_criterion,
     side_loss,
     total_variation,
@@ -156,3 +157,19 @@ def test_unknown_settings_are_quoted(field: str, value: str) -> None:
         replace(OUT, **{field: value})
     with pytest.raises(ValueError, match="prior 'add': use subtract or divide"):
         KLPriorConfig(prior="add")  # pyright: ignore[reportArgumentType]
+
+
+def test_the_hinge_is_how_far_the_label_leads_or_trails() -> None:
+    logits = torch.tensor([[3.0, 1.0, 0.0], [3.0, 1.0, 0.0]], dtype=torch.float64)
+    labels = torch.tensor([0, 1])  # leads by 2, trails by 2
+    leads = hinge_objective(logits, labels, margin=3.0, reduction="none")
+    assert torch.equal(leads, torch.tensor([-1.0, -5.0], dtype=torch.float64))
+    trails = hinge_objective(logits, labels, margin=3.0, trails=True, reduction="none")
+    assert torch.equal(trails, torch.tensor([5.0, 1.0], dtype=torch.float64))
+    config = SideConfig(
+        side="out", objective="hinge", direction="minimize", margin=3.0, lambda_area=8.0, area_rule="power"
+    )
+    mask = torch.full((2, 1, 4, 4), 0.25, dtype=torch.float64)
+    terms = side_loss(config, mask=mask, logits_masked=logits, logits_clean=logits, labels=labels, reduction="none")
+    assert torch.allclose(terms.objective, trails)
+    assert torch.allclose(terms.area, torch.full((2,), 8 * 0.2505**0.3, dtype=torch.float64))
