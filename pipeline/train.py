@@ -9,6 +9,7 @@ it was stopped.  A run of `fix` on 10 classes and 224 pixels with an ImageNet cl
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -21,10 +22,16 @@ def parser() -> Parser:
     """The command line."""
     from pipeline.fills import FILLS
     from pipeline.presets import PRESETS
+    from pipeline.recipes import RECIPES
 
     presets = "; ".join(f"{name}: {preset.summary}" for name, preset in PRESETS.items())
     p = Parser("pipeline.train", "Train a masker with its classifier on Ray Train; running it again resumes.")
     p.add_argument("--preset", choices=sorted(PRESETS), default="ca", help=f"the method. {presets} (default ca)")
+    p.add_argument(
+        "--recipe",
+        choices=sorted(RECIPES),
+        help="the paper's own run: preset, network, weights, passes, size and geometry at once; other flags still count",
+    )
     p.add_argument("--data", required=True, metavar="DIR", help="image folder with train/<class>/*")
     p.add_argument("--out", required=True, metavar="RUN", help="folder or URI of the run; RUN/bundle is the result")
     p.add_argument(
@@ -115,7 +122,21 @@ def parser() -> Parser:
     )
     p.add_argument("--checkpoint-every", default="2m", metavar="TIME", help="time between checkpoints (default 2m)")
     p.add_argument("--seed", type=int, default=0, help="seed of everything random (default 0)")
+    p.add_argument("--dry-run", action="store_true", help="say what the run takes and what it should reach, and end")
     return p
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line with its recipe's values in place of the defaults."""
+    from pipeline.recipes import RECIPES, apply_recipe
+
+    p = parser()
+    arguments = p.parse_args(argv)
+    if arguments.recipe:
+        p.set_defaults(**RECIPES[arguments.recipe].defaults())
+        arguments = p.parse_args(argv)
+        apply_recipe(arguments)
+    return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -125,18 +146,41 @@ def main(argv: Sequence[str] | None = None) -> None:
         UsageError: an argument, the data or the weights are not usable.
         WorkError: the training failed.
     """
-    arguments = parser().parse_args(argv)
+    arguments = parse(argv)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     from pipeline.planning import plan_training
-    from pipeline.ray_training import fit
 
     workers = parse_workers(arguments.workers)
     plan = plan_training(arguments)
     print(describe(plan), flush=True)
+    if arguments.dry_run:
+        show_forecast(plan, recipe=arguments.recipe, workers=workers if isinstance(workers, int) else workers[0])
+        return
+    from pipeline.ray_training import fit
+
     bundle = fit(plan, out=arguments.out, workers=workers, gpu=arguments.gpu)
     print(f"model bundle: {bundle}")
+
+
+def show_forecast(plan: Any, *, recipe: str | None, workers: int) -> None:
+    """Print what ``plan`` takes.
+
+    Raises:
+        UsageError: the length of the run is a time.
+    """
+    from pipeline.forecast import describe_forecast, forecast
+    from pipeline.recipes import RECIPES
+
+    if plan.budget:
+        raise UsageError(
+            "--dry-run: how many steps fit into --budget is only known to the machine; give --epochs or --steps"
+        )
+    for line in describe_forecast(forecast(plan), workers=workers):
+        print(line)
+    if recipe:
+        print(f"expected: {RECIPES[recipe].expected}")
 
 
 def describe(plan: Any) -> str:
@@ -165,7 +209,7 @@ def parse_workers(text: str) -> int | tuple[int, int]:
     raise UsageError(f"--workers {text}: give a number such as 4, or a range such as 1:4")
 
 
-__all__ = ["UsageError", "WorkError", "main", "parse_workers", "parser"]
+__all__ = ["UsageError", "WorkError", "main", "parse", "parse_workers", "parser"]
 
 if __name__ == "__main__":
     run(main, "pipeline.train")

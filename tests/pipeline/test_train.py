@@ -42,7 +42,7 @@ def test_the_flags_are_frozen() -> None:
         "-h", "--help", "--preset", "--data", "--out", "--init", "--init-arg", "--weights", "--mean", "--std",
         "--batchnorm", "--class-map", "--class-names", "--per-class", "--image-size", "--geometry", "--layers",
         "--size-target", "--set", "--fill", "--batch-size", "--epochs", "--steps", "--budget", "--workers", "--gpu", "--precision",
-        "--checkpoint-every", "--seed",
+        "--checkpoint-every", "--seed", "--recipe", "--dry-run",
     }  # fmt: skip
     assert parse_workers("3") == 3 and parse_workers("1:4") == (1, 4)
 
