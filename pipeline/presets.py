@@ -3,7 +3,7 @@
 How the presets transfer
 ------------------------
 The published weights (size 10 or 15, TV 0.001) were tuned for 1000 classes at 224 pixels, where the entropy that they
-are weighed against reaches log 1000.  With 10 classes the same numbers shrink every mask to nothing.  Three rules take
+are weighed against reaches log 1000.  With 10 classes the same numbers shrink every mask to nothing.  Four rules take
 their place, so that one preset holds from 10 classes to 1000, from 64 to 224 pixels, and for weak and strong classifiers:
 
 1. *Units.*  Both objectives are divided by the uncertainty of a blank picture: the entropy of the classifier's answer
@@ -15,6 +15,9 @@ their place, so that one preset holds from 10 classes to 1000, from 64 to 224 pi
    still show enough of it; their size is found from the data instead of being set.
 3. *Length.*  TV sums over pixels, so a contour of the same shape costs twice as much at twice the resolution; its
    weight is scaled by 224 / input size.
+4. *Nothing.*  A classifier that learns along has to answer masked pictures, and among few classes it soon takes one of
+   them for the answer to emptiness; the masks of that class then vanish, since nothing is enough to recognise it.  Such
+   a classifier therefore also learns that a blank picture may be any class of the data.
 
 A classifier that starts from random weights is first trained by itself (`pretraining`), since the size term and the
 entropy term count only images that it gets right.
@@ -71,6 +74,8 @@ class Preset:
     mask_out: SideConfig | KLPriorConfig | None
     weight_in: float = 1.0
     weight_out: float = 1.0
+    weight_blank: float = 0.0
+    """Weight of the blank picture in what a classifier that learns along minimises (rule 4)."""
     relative_units: bool = True
     """Divide the objectives by the uncertainty of a blank picture (rule 1) and scale TV with resolution (rule 3)."""
     price: AreaPriceConfig = field(default_factory=AreaPriceConfig)
@@ -171,6 +176,7 @@ PRESETS: dict[str, Preset] = {
             classifier="joint",
             mask_in=_IN,
             mask_out=_OUT,
+            weight_blank=1.0,
             population=PopulationConfig(probability=0.5, save_every=50, size=10),
             pretraining=0.3,
             # A classifier that learns along reads more out of what a mask leaves, so that less can be asked of the mask.

@@ -10,6 +10,7 @@ on its clean loss before it judges the masks, lets masked pictures shift its sta
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -90,9 +91,11 @@ class JointStep:
         trains_classifier: bool,
         autocast: torch.autocast | None = None,
         scratch: bool,
+        classes: Sequence[int] | None = None,
         plain: bool = False,
     ) -> None:
         """``blank``: (1, 3, S, S), the picture with everything masked.  ``scratch``: the classifier starts from random weights.
+        ``classes``: the outputs that the data has pictures of; none: all.
 
         ``plain``: leave the classifier's layers as they are, instead of rewriting them (`pipeline.acceleration`).
         """
@@ -102,6 +105,7 @@ class JointStep:
         self.preset = preset
         self.fill = fill
         self.blank = blank
+        self.classes = None if classes is None else torch.tensor(sorted(set(classes)), device=blank.device)
         self.population = population
         self.autocast = autocast or nullcontext()
         self.price = preset.price.initial
@@ -192,6 +196,9 @@ class JointStep:
         loss = F.cross_entropy(logits, batch.labels, reduction="sum") / divisor
         right = logits.detach().argmax(1) == batch.labels
         logs = {"clean_loss": loss.detach(), "clean_right": right.to(loss).sum() / divisor}
+        if classifier_learns and self.joint and self.preset.weight_blank:
+            share = len(batch.images) / divisor
+            loss = loss + self.preset.weight_blank * share * self._blank_loss()
         return Clean(logits, features, loss, logs)
 
     def masked(
@@ -304,11 +311,21 @@ class JointStep:
     @torch.no_grad()
     def _unit(self, judge: nn.Module, classes: int) -> Tensor:
         """Entropy of the answer to a blank picture, in nats, at least a quarter of log C."""
+        log_q = self._of_blank(judge)
+        return (-(log_q.exp() * log_q).sum()).clamp(min=SMALLEST_UNIT * math.log(classes))
+
+    def _blank_loss(self) -> Tensor:
+        """Cross-entropy of the answer to a blank picture with every class of the data alike."""
+        log_q = self._of_blank(self.model.backbone)[0]
+        return -(log_q if self.classes is None else log_q[self.classes]).mean()
+
+    def _of_blank(self, judge: nn.Module) -> Tensor:
+        """(1, C) log-probabilities of a blank picture, with the statistics that BatchNorm has collected."""
         training = judge.training
         judge.eval()
         log_q = F.log_softmax(_wide(judge(self.blank).logits), 1)
         judge.train(training)
-        return (-(log_q.exp() * log_q).sum()).clamp(min=SMALLEST_UNIT * math.log(classes))
+        return log_q
 
     def _set_rates(self, phase: str, course: float) -> None:
         options = self.preset.optimisation

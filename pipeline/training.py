@@ -180,6 +180,7 @@ def train(plan: TrainingPlan, reporter: Reporter, *, resume: Path | None = None,
         trains_classifier=untrained or preset.classifier == "joint",
         autocast=torch.autocast(device, torch.bfloat16) if precision == "bf16" else None,
         scratch=untrained,
+        classes=plan.class_index,
     )
     first, spent, rows = 0, 0.0, []
     if resume is not None:

@@ -103,8 +103,8 @@ def test_same_generator_same_step() -> None:
 
 def test_an_inert_population_only_spares_the_classifier() -> None:
     """At a drawn step the inert population judges with the current classifier, and the classifier learns clean pictures only."""
-    settings = ("population.inert=true", "population.probability=1")
-    inert, none = step_for(configure("ca", settings)), step_for(configure("ca", ("population=none",)))
+    settings = ("population.inert=true", "population.probability=1", "weight_blank=0")
+    inert, none = step_for(configure("ca", settings)), step_for(configure("ca", ("population=none", "weight_blank=0")))
     assert inert.population is not None
     inert.population.observe(0, inert.model.backbone)
     with torch.no_grad():
@@ -136,7 +136,9 @@ def test_as_published_the_classifier_moves_before_it_judges() -> None:
     logs = step(batch, step=1, divisor=6, phase="joint", course=0.5)
     assert expected.masker is not None
     assert logs["masker_loss"] == pytest.approx(expected.masker.item(), rel=1e-9)
-    plain = step_for(configure("ca", ("population=none",)))(batch, step=1, divisor=6, phase="joint", course=0.5)
+    plain = step_for(configure("ca", ("population=none", "weight_blank=0")))(
+        batch, step=1, divisor=6, phase="joint", course=0.5
+    )
     assert logs["masker_loss"] != pytest.approx(plain["masker_loss"], rel=1e-6)
 
 

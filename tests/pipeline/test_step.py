@@ -89,12 +89,29 @@ def test_gradients_are_those_of_the_equations() -> None:
             ).total
         )
         classifier = classifier + F.cross_entropy(z, batch.labels)
+    blank = F.log_softmax(model.backbone(torch.zeros(1, 3, SIZE, SIZE, dtype=torch.float64)).logits, 1)
+    classifier = classifier - preset.weight_blank * blank.mean()
     expected = torch.autograd.grad(total, list(model.masker.parameters()), retain_graph=True)
     for mine, theirs in zip(masker_gradients, expected, strict=True):
         assert torch.allclose(mine, theirs, atol=1e-9)
     expected = torch.autograd.grad(classifier, list(model.backbone.parameters()), allow_unused=True)
     for mine, theirs in zip(classifier_gradients, expected, strict=True):
         assert torch.allclose(mine, torch.zeros_like(mine) if theirs is None else theirs, atol=1e-9)
+
+
+def test_a_blank_picture_may_be_any_class_of_the_data() -> None:
+    """Outputs that the data has no pictures of take no part, and a frozen classifier is not asked to learn it."""
+    model = a_model()
+    batch = a_batch()
+    losses = {}
+    for weight in (0.0, 2.0):
+        step = a_step(model, replace(PRESETS["ca"], weight_blank=weight), classes=(2, 0, 2))
+        losses[weight] = step.clean(batch, divisor=6, phase="joint").loss.item()
+    blank = torch.zeros(1, 3, SIZE, SIZE, dtype=torch.float64)
+    log_q = F.log_softmax(model.backbone.eval()(blank).logits.detach(), 1)[0]
+    assert losses[2.0] - losses[0.0] == pytest.approx(-2.0 * float(log_q[[0, 2]].mean()))
+    frozen = a_step(model, replace(PRESETS["fix"], weight_blank=2.0))
+    assert frozen.clean(batch, divisor=6, phase="joint").loss.item() == pytest.approx(losses[0.0])
 
 
 def test_fix_leaves_the_classifier_alone() -> None:
@@ -128,7 +145,7 @@ def test_a_drawn_classifier_judges_the_masks() -> None:
     """With the population in use, the masker's loss is that of the drawn state and not of the current one."""
     model = a_model()
     population = Population(config=PopulationConfig(probability=1.0, save_every=1, size=1), seed=0)
-    step = a_step(model, PRESETS["ca"], population)
+    step = a_step(model, replace(PRESETS["ca"], weight_blank=0.0), population)
     population.observe(0, model.backbone)
     with torch.no_grad():
         for parameter in model.backbone.parameters():
