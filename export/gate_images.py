@@ -14,7 +14,8 @@ import numpy as np
 from pipeline.data.annotations import Annotations
 from pipeline.data.decode import ImageError, read_image
 from pipeline.data.geometry import box_to_input, fit
-from pipeline.data.listing import SPLITS, list_images, read_split
+from pipeline.data.listing import SPLITS, list_images
+from pipeline.data.splits import read_split
 from pipeline.errors import UsageError
 
 NOISE_IMAGES = 64

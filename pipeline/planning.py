@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.backbone import create_classifier, default_normalisation
-from pipeline.data.decode import ImageError, read_image
-from pipeline.data.listing import Split, read_split
+from pipeline.data.decode import ImageError
+from pipeline.data.images import Images
+from pipeline.data.splits import Split, read_split
 from pipeline.errors import UsageError
 from pipeline.settings import configure
 from pipeline.training import TrainingPlan, build
@@ -65,7 +66,7 @@ def plan_training(arguments: argparse.Namespace) -> TrainingPlan:
     steps = arguments.steps or max(1, round(arguments.epochs * len(split.paths) / batch))
     plan = TrainingPlan(
         preset=preset.name,
-        data=str(Path(arguments.data).resolve()),
+        data=split.root,
         paths=tuple(split.paths),
         labels=tuple(index[label] for label in split.labels),
         data_classes=tuple(split.classes),
@@ -225,10 +226,10 @@ def default_image_size(split: Split) -> int:
     Raises:
         UsageError: none of the looked-at pictures can be decoded.
     """
-    sides, last = [], None
+    sides, last, images = [], None, Images(split.root)
     for k in range(0, len(split.paths), max(1, len(split.paths) // 32)):
         try:
-            sides.append(max(read_image(Path(split.root) / split.paths[k]).shape[:2]))
+            sides.append(max(images.image(split.paths[k]).shape[:2]))
         except ImageError as error:
             last = f"{split.paths[k]}: {error}"
     if not sides:

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipeline.bundle import Bundle, load_bundle
-from pipeline.data.listing import read_split
+from pipeline.data.splits import read_split
 from pipeline.errors import UsageError
 from pipeline.metrics.masks import upsample_nearest
 from pipeline.metrics.similarity import similarities
@@ -136,7 +136,7 @@ def _plan(bundle: Bundle, data: str, steps: int, seed: int) -> TrainingPlan:
         )
     split = read_split(data, "train", classes=bundle.spec.data_classes)
     fresh = {
-        "data": str(Path(data).resolve()),
+        "data": split.root,
         "paths": tuple(split.paths),
         "labels": tuple(bundle.spec.class_index[label] for label in split.labels),
         "class_names": tuple(bundle.spec.class_names),

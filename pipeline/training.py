@@ -27,8 +27,8 @@ from pipeline.backbone import (
 )
 from pipeline.batchnorm import SyncedBatchNorm2d, synchronise
 from pipeline.data.batches import TrainingBatches
-from pipeline.data.decode import read_image
 from pipeline.data.geometry import Geometry, fit
+from pipeline.data.images import Images
 from pipeline.fills import make_fill
 from pipeline.mask_statistics import mask_statistics, summarise
 from pipeline.masker import default_mask_size
@@ -188,7 +188,7 @@ def train(plan: TrainingPlan, reporter: Reporter, *, resume: Path | None = None,
     pretraining = preset.pretraining if untrained else 0.0
 
     batches = TrainingBatches(
-        root=Path(plan.data),
+        root=plan.data,
         paths=plan.paths,
         labels=plan.labels,
         size=plan.input_size,
@@ -362,9 +362,8 @@ def _samples(plan: TrainingPlan, model: SaliencyModel, normalise: Normaliser) ->
     """Training images for calibration and parity, and what their masks look like."""
     count = min(SAMPLES, len(plan.paths))
     chosen = np.sort(np.random.default_rng([plan.seed, 0x5A]).choice(len(plan.paths), count, replace=False))
-    images = np.stack(
-        [fit(read_image(Path(plan.data) / plan.paths[k]), plan.input_size, plan.geometry)[0] for k in chosen]
-    )
+    files = Images(plan.data)
+    images = np.stack([fit(files.image(plan.paths[k]), plan.input_size, plan.geometry)[0] for k in chosen])
     model.eval()
     masks = [model(normalise(images[k : k + 32]))[1][:, 0].float().cpu().numpy() for k in range(0, count, 32)]
     return images, summarise(mask_statistics(np.concatenate(masks)))

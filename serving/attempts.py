@@ -6,8 +6,8 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from pipeline.data import store
 from pipeline.errors import WorkError
-from serving import store
 from serving.ledger import Ledger
 
 CAREFUL_AFTER = 2

@@ -13,9 +13,9 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import numpy as np
 import pyarrow as pa
 
+from pipeline.data import store
 from pipeline.data.decode import ImageError, decode_image
 from pipeline.data.geometry import fit
-from serving import store
 from serving.careful import CarefulDecoder
 from serving.plan import Shard
 from serving.rows import Seen

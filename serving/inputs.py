@@ -18,18 +18,17 @@ from typing import Literal
 
 from fsspec.utils import glob_translate
 
+from pipeline.data import store
+from pipeline.data.images import URI_NAMES
 from pipeline.data.listing import SPLITS, is_image_name
+from pipeline.data.store import Entry
 from pipeline.errors import UsageError
-from serving import store
-from serving.store import Entry
 
 Kind = Literal["image", "parquet", "tar"]
 
 PARQUET_SUFFIXES = (".parquet", ".pq")
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 LIST_SUFFIXES = (".txt", ".csv")
-URI_NAMES = ("uri", "path", "file", "file_name", "filename", "url", "image_path")
-"""Names of a column of URIs, in a CSV list and in Parquet, in order of preference."""
 
 
 @dataclass

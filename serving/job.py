@@ -18,15 +18,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from pipeline.data import store
+from pipeline.data.store import Entry
 from pipeline.errors import UsageError, WorkError
-from serving import store
 from serving.cluster import Workers, connect, plan_workers
 from serving.engines import engine_sha256
 from serving.inputs import Inputs, Kind, open_inputs
 from serving.ledger import JobRecord, Ledger, Version, new_job_id
 from serving.plan import LARGEST_SHARD, SHARDS_PER_SET, Plan, PlannedShard, choose_shard_size, cut, write_plan
 from serving.scorer import ScorerConfig, read_counts, read_errors
-from serving.store import Entry
 
 HEARTBEAT_SECONDS = 5.0
 SHOWN_ERRORS = 100

@@ -17,8 +17,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
+from pipeline.data import store
 from pipeline.errors import UsageError, WorkError
-from serving import store
 from serving.inputs import open_inputs
 from serving.ledger import JobRecord, Ledger, new_job_id
 from serving.metrics import Snapshot

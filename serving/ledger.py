@@ -24,8 +24,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from pipeline.data import store
 from pipeline.errors import UsageError
-from serving import store
 from serving.plan import Plan, read_plan
 
 FORMAT = 1

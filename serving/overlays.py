@@ -9,8 +9,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from pipeline.data import store
 from pipeline.data.decode import ImageError, decode_image
-from serving import store
 from serving.codec import encode_png, overlay
 from serving.ledger import Ledger, Version
 from serving.plan import Plan, Shard, read_shard

@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from serving import store
+from pipeline.data import store
+from pipeline.data.store import Entry
 from serving.inputs import Kind
-from serving.store import Entry
 
 SMALLEST_SHARD = 32
 LARGEST_SHARD = 2048

@@ -6,8 +6,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.data import store
 from pipeline.errors import UsageError
-from serving import store
 
 ROOTS_VARIABLE = "ONEPASS_ROOTS"
 

@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from export.engine import Engine, open_engine
+from pipeline.data import store
 from pipeline.errors import WorkError
-from serving import store
 from serving.attempts import attempt
 from serving.decoder import Decoded, Decoder, DecoderConfig, unpack
 from serving.ledger import Ledger

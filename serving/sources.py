@@ -10,15 +10,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.data import store
 from pipeline.data.decode import ImageError
+from pipeline.data.images import image_columns
 from pipeline.data.listing import is_image_name
-from serving import store
-from serving.inputs import URI_NAMES
 from serving.plan import Shard
 from serving.roots import within
 
-BYTES_NAMES = ("image", "bytes", "image_bytes", "jpg", "jpeg", "png", "img", "data", "content")
-"""Names of a column of encoded images in Parquet, in order of preference."""
 OUTSIDE = "outside the roots of the service"
 READ_ROWS = 64
 """Rows of a Parquet file that are in memory at a time."""
@@ -154,26 +152,3 @@ def _parquet_source(
     value = record[content]
     data = value.get("bytes") if isinstance(value, dict) else value
     return Source(str(given) if given is not None else f"{place}#{row}", _given(data))
-
-
-def image_columns(schema: pa.Schema, column: str | None) -> tuple[str | None, str | None]:
-    """(column of encoded images, column of names) of a Parquet schema.
-
-    With images, the names are what the rows are called; without, they are URIs that are read.  A column of images is of
-    type binary, or a struct with a binary field ``bytes``.  ``column`` decides for one column, whatever it is.
-    """
-    binary = [field.name for field in schema if _holds_bytes(field.type)]
-    text = [field.name for field in schema if pa.types.is_string(field.type) or pa.types.is_large_string(field.type)]
-    name = next((wanted for wanted in URI_NAMES if wanted in text), None)
-    if column is not None:
-        return (column, name) if column in binary else (None, column if column in text else None)
-    content = next((wanted for wanted in BYTES_NAMES if wanted in binary), None)
-    if content is None and name is None and len(binary) == 1:
-        content = binary[0]
-    return content, name
-
-
-def _holds_bytes(kind: pa.DataType) -> bool:
-    if pa.types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)

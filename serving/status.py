@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 
+from pipeline.data import store
 from pipeline.errors import UsageError
-from serving import store
 from serving.batch import duration
 from serving.job import tally
 from serving.ledger import Ledger

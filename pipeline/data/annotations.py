@@ -10,6 +10,7 @@ any value above 0; 255 is ignored.
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from os import PathLike
@@ -18,6 +19,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
+from pipeline.data import store
 from pipeline.errors import UsageError
 
 FOREGROUND, IGNORED = 1, 255
@@ -38,7 +40,7 @@ def read_boxes(csv_path: str | PathLike[str]) -> Boxes:
     """Read a table of boxes.  A row that cannot be meant raises `UsageError` with file and line."""
     boxes: dict[str, list[tuple[float, ...]]] = {}
     sizes: dict[str, tuple[int, int]] = {}
-    for where, row in _rows(Path(csv_path), _BOX_COLUMNS):
+    for where, row in _rows(str(csv_path), _BOX_COLUMNS):
         path = row["path"]
         try:
             x0, y0, x1, y1 = (float(row[name]) for name in ("x0", "y0", "x1", "y1"))
@@ -79,9 +81,11 @@ def read_mask(path: str | PathLike[str], mask_value: int | None = None) -> np.nd
 class Annotations:
     """What is known of the images of a data root; images are named by their path relative to it."""
 
-    root: Path
+    root: str
+    """A local folder or a remote URI."""
     box_table: Boxes
-    mask_folder: Path
+    mask_folder: Path | None
+    """None where there can be none: masks are read from local folders."""
     mask_values: dict[str, int] = field(default_factory=dict)
     """The ``mask_value`` column of ``images.csv``."""
 
@@ -97,14 +101,14 @@ class Annotations:
 
         boxes, masks: a table and a folder (holding ``<split>/<class>/<stem>.png``) to use instead; these must exist.
         """
-        root = Path(root)
-        box_path = Path(boxes) if boxes is not None else root / "boxes.csv"
-        mask_folder = Path(masks) if masks is not None else root / "masks"
-        if masks is not None and not mask_folder.is_dir():
-            raise UsageError(f"no folder of masks at {mask_folder}; it should hold <split>/<class>/<stem>.png")
-        table = read_boxes(box_path) if boxes is not None or box_path.is_file() else Boxes({}, {})
-        images = root / "images.csv"
-        return cls(root, table, mask_folder, _read_mask_values(images) if images.is_file() else {})
+        place = store.place_of(str(root))
+        box_path = store.place_of(str(boxes)) if boxes is not None else store.join(place, "boxes.csv")
+        mask_folder = Path(masks) if masks is not None else None if store.is_remote(place) else Path(place) / "masks"
+        if masks is not None and not Path(masks).is_dir():
+            raise UsageError(f"no folder of masks at {masks}; it should hold <split>/<class>/<stem>.png")
+        table = read_boxes(box_path) if boxes is not None or store.exists(box_path) else Boxes({}, {})
+        images = store.join(place, "images.csv")
+        return cls(place, table, mask_folder, _read_mask_values(images) if store.exists(images) else {})
 
     def boxes(self, path: str, size: tuple[int, int] | None = None) -> np.ndarray:
         """(k, 4) float64 boxes of an image; k = 0 when none is known.
@@ -122,25 +126,25 @@ class Annotations:
             )
         return found
 
-    def mask_path(self, path: str) -> Path:
-        """Where the mask of an image would be."""
-        return self.mask_folder / PurePosixPath(path).with_suffix(".png")
+    def mask_path(self, path: str) -> Path | None:
+        """Where the mask of an image would be; None where there can be none."""
+        return None if self.mask_folder is None else self.mask_folder / PurePosixPath(path).with_suffix(".png")
 
     def mask(self, path: str, size: tuple[int, int] | None = None) -> np.ndarray | None:
         """(H, W) uint8 mask of an image as in `read_mask`; None when it has none.  size: as in `boxes`."""
         file = self.mask_path(path)
-        if not file.is_file():
+        if file is None or not file.is_file():
             return None
         mask = read_mask(file, self.mask_values.get(path))
         if size is not None and mask.shape != (size[1], size[0]):
             raise UsageError(
-                f"the mask {file} has {mask.shape[1]} x {mask.shape[0]} pixels, but {self.root / path} has "
+                f"the mask {file} has {mask.shape[1]} x {mask.shape[0]} pixels, but {self.root}/{path} has "
                 f"{size[0]} x {size[1]}; masks have the size of their image"
             )
         return mask
 
 
-def _read_mask_values(csv_path: Path) -> dict[str, int]:
+def _read_mask_values(csv_path: str) -> dict[str, int]:
     values: dict[str, int] = {}
     for where, row in _rows(csv_path, ("path",)):
         text = (row.get("mask_value") or "").strip()
@@ -154,10 +158,12 @@ def _read_mask_values(csv_path: Path) -> dict[str, int]:
     return values
 
 
-def _rows(csv_path: Path, required: tuple[str, ...]) -> Iterator[tuple[str, dict[str, str]]]:
+def _rows(csv_path: str, required: tuple[str, ...]) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield ("<file> line <n>", row) of a CSV; the required columns have to be there and filled in every row."""
+    if not store.exists(csv_path):
+        raise UsageError(f"no file {csv_path}; name an existing table of {','.join(required)}")
     try:
-        with csv_path.open(newline="", encoding="utf-8-sig") as file:
+        with store.open_file(csv_path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, restval="")
             missing = [name for name in required if name not in (reader.fieldnames or ())]
             if missing:
@@ -169,9 +175,7 @@ def _rows(csv_path: Path, required: tuple[str, ...]) -> Iterator[tuple[str, dict
                 if empty := [name for name in required if not row[name]]:
                     raise UsageError(f"{where}: {empty[0]} is empty; fill it in or remove the row")
                 yield where, row
-    except FileNotFoundError as error:
-        raise UsageError(f"no file {csv_path}; name an existing table of {','.join(required)}") from error
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, UnicodeDecodeError, csv.Error, store.ReadError) as error:
         raise UsageError(
             f"cannot read {csv_path} ({error}); it has to be a UTF-8 text of comma-separated values"
         ) from error

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from pipeline.data.decode import ImageError, read_image
+from pipeline.data.decode import ImageError
 from pipeline.data.geometry import Geometry, fit
+from pipeline.data.images import ROW_GROUPS, Images, row_of
+
+WINDOW = ROW_GROUPS - 2
+"""Blocks whose images are shuffled together: fewer than are kept in memory, since batches are read ahead."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,17 +43,41 @@ def random_view(image: np.ndarray, size: int, augmentation: Augmentation, random
     return view[:, ::-1] if augmentation.mirror and random.random() < 0.5 else view
 
 
-def epoch_order(images: int, *, seed: int, epoch: int) -> np.ndarray:
-    """The order in which epoch ``epoch`` visits so many images, (images,) int64."""
-    return np.random.default_rng([seed, 0xE90C, epoch]).permutation(images)
+def epoch_order(images: int, *, seed: int, epoch: int, blocks: np.ndarray | None = None) -> np.ndarray:
+    """The order in which epoch ``epoch`` visits so many images, (images,) int64.
+
+    ``blocks``: (images,) number of the block that each lies in, for images that have to be read a block at a time.  The
+    blocks are shuffled, and then the images within every few neighbours, so that few blocks are in memory at once.
+    """
+    random = np.random.default_rng([seed, 0xE90C, epoch])
+    if blocks is None:
+        return random.permutation(images)
+    place = random.permutation(int(blocks.max()) + 1)[blocks] // WINDOW  # (images,) window that each image is in
+    return np.lexsort((random.random(images), place))
 
 
-def step_indices(images: int, *, seed: int, step: int, batch_size: int) -> np.ndarray:
-    """The images of global step ``step``, (batch_size,): the epochs laid end to end, cut every ``batch_size``."""
+def step_indices(
+    images: int, *, seed: int, step: int, batch_size: int, order: Callable[[int], np.ndarray] | None = None
+) -> np.ndarray:
+    """The images of global step ``step``, (batch_size,): the epochs laid end to end, cut every ``batch_size``.
+
+    ``order``: epoch -> its order; by default `epoch_order` of images that can be read at random.
+    """
     positions = np.arange(step * batch_size, (step + 1) * batch_size)
     epochs = positions // images
-    orders = {int(epoch): epoch_order(images, seed=seed, epoch=int(epoch)) for epoch in np.unique(epochs)}
+    of = order or (lambda epoch: epoch_order(images, seed=seed, epoch=epoch))
+    orders = {int(epoch): of(int(epoch)) for epoch in np.unique(epochs)}
     return np.array([orders[int(epoch)][position % images] for epoch, position in zip(epochs, positions, strict=True)])
+
+
+def block_numbers(paths: Sequence[str]) -> np.ndarray | None:
+    """The block that each path is read with, (n,) int64; none where every path can be read by itself."""
+    rows = [row_of(path) for path in paths]
+    if not any(rows):
+        return None
+    numbers: dict[object, int] = {}
+    keys = [(row.file, row.group) if row else path for row, path in zip(rows, paths, strict=True)]
+    return np.array([numbers.setdefault(key, len(numbers)) for key in keys])
 
 
 class TrainingBatches:
@@ -63,7 +90,7 @@ class TrainingBatches:
     def __init__(
         self,
         *,
-        root: Path,
+        root: str,
         paths: Sequence[str],
         labels: Sequence[int],
         size: int,
@@ -76,7 +103,10 @@ class TrainingBatches:
         threads: int = 2,
         ahead: int = 3,
     ) -> None:
-        self.root, self.paths, self.labels = root, paths, np.asarray(labels, dtype=np.int64)
+        self.images = Images(root)
+        self.paths, self.labels = paths, np.asarray(labels, dtype=np.int64)
+        self.blocks = block_numbers(paths)
+        self.orders: dict[int, np.ndarray] = {}
         self.size, self.batch_size, self.seed = size, batch_size, seed
         self.geometry: Geometry = geometry
         self.augmentation = augmentation
@@ -84,14 +114,22 @@ class TrainingBatches:
 
     def share(self, step: int) -> np.ndarray:
         """Indices of the images of ``step`` that this worker takes: every world-th one."""
-        return step_indices(len(self.paths), seed=self.seed, step=step, batch_size=self.batch_size)[
+        count, size = len(self.paths), self.batch_size
+        return step_indices(count, seed=self.seed, step=step, batch_size=size, order=self._order)[
             self.rank :: self.world
         ]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """`epoch_order` of the last two epochs, which are asked for again at every step."""
+        if epoch not in self.orders:
+            self.orders = {known: order for known, order in self.orders.items() if known == epoch - 1}
+            self.orders[epoch] = epoch_order(len(self.paths), seed=self.seed, epoch=epoch, blocks=self.blocks)
+        return self.orders[epoch]
 
     def load(self, step: int, index: int) -> np.ndarray:
         """Image ``index`` as step ``step`` sees it, (size, size, 3) uint8."""
         try:
-            image = read_image(self.root / self.paths[index])
+            image = self.images.image(self.paths[index])
         except ImageError as error:
             raise ImageError(error.kind, f"{self.paths[index]}: {error.message}; mend or remove it") from error
         if self.augmentation is None:

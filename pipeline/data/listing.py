@@ -1,4 +1,4 @@
-"""Which files of a folder are pictures, and which class each of them shows.
+"""Which files of a folder are pictures.
 
 What counts: regular files whose name ends, in any case, in one of `IMAGE_SUFFIXES`, at any depth, hidden ones and links
 included.  A link that leads nowhere counts too, so that it becomes an error row instead of disappearing.  Other files
@@ -10,13 +10,9 @@ from __future__ import annotations
 
 import os
 import stat
-import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
-
-import numpy as np
 
 from pipeline.errors import UsageError
 
@@ -31,18 +27,6 @@ class Listing(NamedTuple):
     """Relative to the folder, with ``/``; sorted by bytes.  Names not in UTF-8 hold surrogates (`os.fsdecode`)."""
     skipped: int
     """How many files are there that do not count as pictures."""
-
-
-@dataclass(frozen=True)
-class Split:
-    """The labelled pictures of ``root/<split>/<class>/``."""
-
-    root: Path
-    paths: list[str]
-    """Relative to ``root``, with ``/``: ``train/cat/1.jpg``.  Class after class, sorted within each."""
-    labels: list[int]
-    """Index into ``classes``, one per path."""
-    classes: list[str]
 
 
 def is_image_name(name: str) -> bool:
@@ -101,55 +85,3 @@ def _is_file_or_lost_link(entry: os.DirEntry[str]) -> bool:
         return stat.S_ISREG(entry.stat().st_mode) if entry.is_symlink() else entry.is_file()
     except OSError:
         return True
-
-
-def read_split(
-    root: str | os.PathLike[str],
-    split: str,
-    *,
-    classes: Sequence[str] | None = None,
-    per_class: int | None = None,
-    seed: int = 0,
-) -> Split:
-    """The labelled pictures of one split.
-
-    classes: the class order of the training set, which the labels then follow; a class without a picture in this split
-    is fine, an unknown class is not.  By default the folders' names, sorted; a folder that begins with a dot is none.
-    per_class: at most so many pictures of each class, chosen by ``seed``; a smaller choice lies inside every larger
-    one, and that of one class does not depend on which others there are.
-    """
-    root = Path(root)
-    folder = root / split
-    if not folder.is_dir():
-        raise UsageError(f"no folder {split}/ in {root}; labelled images are expected as {folder}/<class>/<image>")
-    found = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
-    members = {name: [f"{split}/{name}/{path}" for path in list_images(folder / name).paths] for name in found}
-    if not any(members.values()):
-        raise UsageError(f"no images in {folder}; labelled images are expected as {folder}/<class>/<image>")
-    if classes is None:
-        if empty := [name for name in found if not members[name]]:
-            raise UsageError(f"no images in the class folder {folder / empty[0]}; add some or remove it")
-        classes = found
-    elif unknown := [name for name in found if name not in set(classes)]:
-        raise UsageError(
-            f"the class folder {folder / unknown[0]} is none of the {len(classes)} known classes ({_some(classes)}); "
-            "rename or remove it, or train with it"
-        )
-    paths: list[str] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
-        chosen = _choose(members.get(name, []), per_class, name, seed)
-        paths += chosen
-        labels += [label] * len(chosen)
-    return Split(root, paths, labels, list(classes))
-
-
-def _choose(members: list[str], count: int | None, name: str, seed: int) -> list[str]:
-    if count is None or len(members) <= count:
-        return members
-    order = np.random.default_rng([seed, zlib.crc32(os.fsencode(name))]).permutation(len(members))
-    return [members[i] for i in sorted(order[:count])]
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.data.annotations import Annotations
-from pipeline.data.decode import ImageError, read_image
+from pipeline.data.decode import ImageError
 from pipeline.data.geometry import View, box_to_input, fit
-from pipeline.data.listing import read_split
+from pipeline.data.images import Images
+from pipeline.data.splits import read_split
 from pipeline.errors import UsageError
 from pipeline.metrics.boxes import Compat
 from pipeline.metrics.localisation import clip_boxes, published_input_boxes
@@ -83,7 +84,7 @@ class Examples:
         chosen = np.arange(len(listed.paths))
         if limit is not None and limit < len(chosen):
             chosen = np.sort(np.random.default_rng(seed).choice(chosen, limit, replace=False))
-        self.root = listed.root
+        self.images = Images(listed.root)
         self.paths = [listed.paths[index] for index in chosen]
         self.labels = np.array([listed.labels[index] for index in chosen])
 
@@ -98,7 +99,7 @@ class Examples:
             UsageError: its annotation does not fit it.
         """
         path = self.paths[index]
-        picture = read_image(self.root / path)
+        picture = self.images.image(path)
         height, width = picture.shape[:2]
         image, view = fit(picture, self.spec.input_size, self.spec.geometry)
         mask = self.annotations.mask(path, (width, height))

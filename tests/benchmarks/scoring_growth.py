@@ -23,10 +23,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from pipeline.data.store import Entry
 from serving.inputs import Kind
 from serving.ledger import Ledger
 from serving.plan import LARGEST_SHARD, cut, write_plan
-from serving.store import Entry
 from tests.benchmarks.scoring_exactness import link
 
 

@@ -23,7 +23,7 @@ def folder(tmp_path: Path) -> Path:
 
 def batches(folder: Path, **changes) -> TrainingBatches:
     options = {
-        "root": folder,
+        "root": str(folder),
         "paths": [f"{k}.png" for k in range(10)],
         "labels": list(range(10)),
         "size": 16,

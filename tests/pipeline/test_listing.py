@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data.listing import IMAGE_SUFFIXES, list_images, read_split
+from pipeline.data.listing import IMAGE_SUFFIXES, list_images
+from pipeline.data.splits import read_split
 from pipeline.errors import UsageError
 
 
@@ -92,7 +93,7 @@ def data_set(root: Path) -> Path:
 
 def test_split(tmp_path):
     train = read_split(data_set(tmp_path), "train")
-    assert train.root == tmp_path and train.classes == ["Bee", "ant", "cat"]
+    assert train.root == str(tmp_path) and train.classes == ["Bee", "ant", "cat"]
     assert len(train.paths) == len(train.labels) == 61 and train.labels == sorted(train.labels)
     assert train.paths[0] == "train/Bee/0.jpg" and train.paths[-1] == "train/cat/more/x.png"
     val = read_split(tmp_path, "val", classes=train.classes)

@@ -11,8 +11,9 @@ from PIL import Image
 
 from pipeline.data.annotations import Annotations
 from pipeline.data.decode import read_image
-from pipeline.data.listing import list_images, read_split
+from pipeline.data.listing import list_images
 from pipeline.data.planted import KINDS, draw, write_planted
+from pipeline.data.splits import read_split
 
 SIZE = 96
 

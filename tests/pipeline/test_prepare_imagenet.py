@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from pipeline.data.annotations import Annotations
-from pipeline.data.listing import read_split
+from pipeline.data.splits import read_split
 from pipeline.errors import UsageError
 from pipeline.prepare_imagenet import VALIDATION_IMAGES, main
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from pipeline.bundle import Bundle, load_bundle
-from pipeline.data.listing import read_split
+from pipeline.data.splits import read_split
 from pipeline.randomisation import (
     MEASURES,
     compare,

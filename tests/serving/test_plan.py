@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pipeline.data.store import Entry
 from serving.plan import LARGEST_SHARD, choose_shard_size, cut, read_plan, read_shard, write_plan
-from serving.store import Entry
 
 
 def listing(count: int, *, without: int | None = None, touched: int | None = None) -> list:

@@ -168,6 +168,28 @@ def _read_remote(place: str, most: int) -> bytes:
     return retried(place, call)
 
 
+def read_range(place: str, start: int, size: int) -> bytes:
+    """``size`` bytes of an object from byte ``start``.
+
+    Raises:
+        ReadError: it cannot be read, or is shorter.
+        StoreError: a remote store does not answer.
+    """
+    if is_remote(place):
+        files, path = filesystem(place)
+        data = retried(place, lambda: files.cat_file(path, start=start, end=start + size))
+    else:
+        try:
+            with Path(place).open("rb") as file:
+                file.seek(start)
+                data = file.read(size)
+        except OSError as error:
+            raise ReadError(error.strerror or str(error)) from error
+    if len(data) != size:
+        raise ReadError(f"it ends before byte {start + size}")
+    return data
+
+
 def open_file(place: str) -> Any:
     """An open, seekable binary file."""
     if is_remote(place):
