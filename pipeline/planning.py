@@ -88,9 +88,27 @@ def plan_training(arguments: argparse.Namespace) -> TrainingPlan:
         settings=tuple(settings),
         precision=arguments.precision,
         checkpoint_seconds=parse_time(arguments.checkpoint_every, "--checkpoint-every"),
+        validate_seconds=validation_interval(arguments, split.root),
     )
     build(plan)  # whatever is wrong with the classifier, its weights or its layers is said now and not by a worker
     return plan
+
+
+def validation_interval(arguments: argparse.Namespace, root: str) -> float | None:
+    """Seconds between validations; none where none is asked for.
+
+    Raises:
+        UsageError: there is nothing to validate on, or a figure to select by and no validation.
+    """
+    if arguments.validate_every is None:
+        if arguments.select:
+            raise UsageError(f"--select {arguments.select}: nothing is validated; add --validate-every, such as 10m")
+        return None
+    if arguments.validation_images < 1:
+        raise UsageError(f"--validation-images {arguments.validation_images}: give a number of at least 1")
+    seconds = parse_time(arguments.validate_every, "--validate-every")
+    read_split(root, "val")
+    return seconds
 
 
 def parse_layers(text: str) -> str:

@@ -11,8 +11,9 @@ their place, so that one preset holds from 10 classes to 1000, from 64 to 224 pi
    and whatever the classifier has learnt to say of nothing.
 2. *Price.*  The weight of the area is a dual variable (`pipeline.area_price`): it rises while the masked-out pictures
    keep more than a stated share of that uncertainty and the masked-in ones are recognised, and falls otherwise, but not
-   below 2, the published weight in the units of rule 1.  The masks become the smallest that still hide the evidence and
-   still show enough of it; their size is found from the data instead of being set.
+   below a floor (2 for a frozen classifier: the published weight in the units of rule 1).  The masks become the
+   smallest that still hide the evidence and still show enough of it; their size is found from the data instead of
+   being set.
 3. *Length.*  TV sums over pixels, so a contour of the same shape costs twice as much at twice the resolution; its
    weight is scaled by 224 / input size.
 4. *Nothing.*  A classifier that learns along has to answer masked pictures, and among few classes it soon takes one of
@@ -180,7 +181,8 @@ PRESETS: dict[str, Preset] = {
             population=PopulationConfig(probability=0.5, save_every=50, size=10),
             pretraining=0.3,
             # A classifier that learns along reads more out of what a mask leaves, so that less can be asked of the mask.
-            price=AreaPriceConfig(target=0.6),
+            # Its answers also range over the classes of the data alone, so that the unit of rule 1 shrinks and the floor rises.
+            price=AreaPriceConfig(target=0.6, initial=5.0, lowest=5.0),
         ),
         Preset(
             name="fix",
@@ -190,7 +192,7 @@ PRESETS: dict[str, Preset] = {
             mask_out=_OUT,
             pretraining=0.5,
             # Pictures with grey holes are strange to a frozen classifier, so that fewer of them can be recognised.
-            price=AreaPriceConfig(target=0.75, sufficiency=0.45),
+            price=AreaPriceConfig(target=0.85, sufficiency=0.45),
             # A frozen classifier cannot learn pictures by heart, so the masker sees objects at the size that they have.
             augmentation=Augmentation(smallest_area=1.0, aspect=1.0),
         ),

@@ -173,6 +173,11 @@ class _Last:
     def progress(self, row: dict[str, object]) -> None:
         """Nothing to show."""
 
-    def checkpoint(self, write: Callable[[Path], None], row: dict[str, object], *, final: bool) -> None:
+    def leaving(self) -> bool:
+        return False
+
+    def checkpoint(
+        self, write: Callable[[Path], None], row: dict[str, object], *, final: bool, validate: bool = False
+    ) -> None:
         if final:
             write(self.folder)

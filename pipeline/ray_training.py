@@ -6,8 +6,9 @@ import contextlib
 import hashlib
 import json
 import logging
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,17 @@ import ray.exceptions
 import ray.train
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.train.v2.api.validation_config import ValidationConfig, ValidationTaskConfig
 
+from pipeline.board import Board
+from pipeline.bundle import SAMPLES_FILE
 from pipeline.errors import UsageError, WorkError
-from pipeline.training import TrainingPlan
+from pipeline.training import TrainingPlan, complete_bundle
+from pipeline.validation import LOWER_IS_BETTER, collect, validate
 
 STORAGE_NAME = "checkpoints"
 PLAN_FILE = "plan.json"
-MAY_CHANGE = ("steps", "budget", "threads", "checkpoint_seconds", "precision")
+MAY_CHANGE = ("steps", "budget", "threads", "checkpoint_seconds", "validate_seconds", "precision")
 """Fields of a plan that a run may be continued with another value of."""
 RESTARTS = 100
 """Worker failures that a run survives; each costs at most the steps since the last checkpoint."""
@@ -33,17 +38,20 @@ RESTARTS = 100
 class RayReporter:
     """Carries progress and checkpoints of a worker to Ray Train."""
 
-    def __init__(self, plan: TrainingPlan, first_course: float) -> None:
-        self.bar = None
+    def __init__(self, plan: TrainingPlan, run: str, *, first_course: float, first_step: int) -> None:
+        self.bar = self.board = None
         if ray.train.get_context().get_world_rank() == 0:
             from ray.experimental import tqdm_ray
 
+            self.board = Board(run, "train", first_step=first_step)
             self.bar = tqdm_ray.tqdm(total=100, desc=f"train {plan.preset}", unit="%")
             self.bar.update(int(first_course * 100))
         self.shown = int(first_course * 100)
 
     def progress(self, row: dict[str, Any]) -> None:
-        """Move the bar."""
+        """Move the bar, and write TensorBoard's events."""
+        if self.board is not None:
+            self.board.add(row["step"], {f"train/{name}": value for name, value in row.items() if name != "step"})
         done = min(int(row["course"] * 100), 100)
         if self.bar is not None and done > self.shown:
             figures = [f"top-1 {row['clean_right']:.2f}"]
@@ -53,7 +61,14 @@ class RayReporter:
             self.bar.update(done - self.shown)
             self.shown = done
 
-    def checkpoint(self, write: Callable[[Path], None], row: dict[str, Any], *, final: bool) -> None:
+    def leaving(self) -> bool:
+        """Whether Ray knows that a machine of this run is about to be taken away (spot instances)."""
+        notice = getattr(ray.train, "get_preemption_info", None)  # new in Ray 2.56
+        return notice is not None and notice() is not None
+
+    def checkpoint(
+        self, write: Callable[[Path], None], row: dict[str, Any], *, final: bool, validate: bool = False
+    ) -> None:
         """Report the row to Ray Train with the checkpoint that rank 0 writes; a barrier for all workers."""
         numbers = {key: value for key, value in row.items() if isinstance(value, int | float)}
         with tempfile.TemporaryDirectory() as folder:
@@ -61,7 +76,11 @@ class RayReporter:
             if ray.train.get_context().get_world_rank() == 0:
                 write(Path(folder))
                 checkpoint = Checkpoint.from_directory(folder)
-            ray.train.report(numbers | {"final": int(final)}, checkpoint=checkpoint)
+            ray.train.report(
+                numbers | {"final": int(final)}, checkpoint=checkpoint, validation=validate and checkpoint is not None
+            )
+        if self.board is not None:
+            self.board.close() if final else self.board.flush()
         if final and self.bar is not None:
             self.bar.close()
 
@@ -72,22 +91,36 @@ def worker(config: dict[str, Any]) -> None:
 
     from pipeline import training
 
-    plan = TrainingPlan.of(config)
+    run = config["run"]
+    plan = TrainingPlan.of({name: value for name, value in config.items() if name != "run"})
     device = "cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu"
     checkpoint = ray.train.get_checkpoint()
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(checkpoint.as_directory())) if checkpoint else None
-        done = 0.0
+        done, first = 0.0, 0
         if folder is not None:
             state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True, mmap=True)
+            first = state["step"]
             done = max(state["step"] / plan.steps, state["seconds"] / plan.budget if plan.budget else 0.0)
             if done >= 1 and (folder / "bundle").is_dir():
                 return
-        training.train(plan, RayReporter(plan, done), resume=folder, device=device)
+        reporter = RayReporter(plan, run, first_course=done, first_step=first)
+        training.train(plan, reporter, resume=folder, device=device)
 
 
-def fit(plan: TrainingPlan, *, out: str, workers: int | tuple[int, int], gpu: str) -> str:
+def fit(
+    plan: TrainingPlan,
+    *,
+    out: str,
+    workers: int | tuple[int, int],
+    gpu: str,
+    validation_images: int = 500,
+    select: str | None = None,
+) -> str:
     """Train ``plan`` in the run folder ``out`` (a path or URI); returns where the bundle is.
+
+    ``validation_images``: pictures of ``val`` for each validation.  ``select``: the figure by which the bundle is
+    chosen among the validated checkpoints; none: the last one.
 
     Raises:
         UsageError: ``out`` holds another run, or cannot be written.
@@ -104,7 +137,16 @@ def fit(plan: TrainingPlan, *, out: str, workers: int | tuple[int, int], gpu: st
     cpus = max(1, int(resources.get("CPU", 1)) // most)
     if not use_gpu and resources.get("CPU", 0) < (workers if isinstance(workers, int) else workers[0]):
         raise UsageError(f"--workers {most}: the cluster has {resources.get('CPU', 0):.0f} CPUs; ask for fewer workers")
-    fields = asdict(plan) | {"threads": cpus}
+    fields = asdict(plan) | {"threads": cpus, "run": out}
+    spare = int(resources.get("CPU", 1)) - most * cpus
+    validation = ValidationConfig(
+        fn=validate,
+        task_config=ValidationTaskConfig(
+            fn_kwargs={"run": out, "data": plan.data, "images": validation_images, "threads": max(1, spare)}
+        ),
+        # Where the workers have taken every CPU, a validation shares theirs instead of waiting for ever.
+        ray_remote_kwargs={"num_cpus": max(0, spare), "max_retries": 2},
+    )
 
     trainer = TorchTrainer(
         worker,
@@ -117,8 +159,13 @@ def fit(plan: TrainingPlan, *, out: str, workers: int | tuple[int, int], gpu: st
             storage_path=root,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=RESTARTS),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=2,
+                checkpoint_score_attribute=select,
+                checkpoint_score_order="min" if select in LOWER_IS_BETTER else "max",
+            ),
         ),
+        validation_config=validation,
     )
     try:
         result = trainer.fit()
@@ -128,11 +175,30 @@ def fit(plan: TrainingPlan, *, out: str, workers: int | tuple[int, int], gpu: st
         ) from error
     if result.checkpoint is None:
         raise WorkError(f"training in {out} ended without a checkpoint; see the workers' messages above")
-    with result.checkpoint.as_directory() as folder:
+    chosen = result.checkpoint if select is None else best_of(result.best_checkpoints or [], select, out)
+    with chosen.as_directory() as folder:
         if not (Path(folder) / "bundle").is_dir():
             raise WorkError(f"the last checkpoint in {out} holds no bundle; run the same command again")
-        publish(Path(folder), filesystem, root)
+        publish(Path(folder), plan, filesystem, root)
+    with result.checkpoint.as_directory() as folder:
+        _upload(Path(folder) / "log.csv", filesystem, f"{root}/log.csv")
+    collect(out)
     return f"{out.rstrip('/')}/bundle"
+
+
+def best_of(found: Sequence[tuple[Checkpoint, dict[str, Any]]], select: str, out: str) -> Checkpoint:
+    """The validated checkpoint with the best figure ``select``.
+
+    Raises:
+        WorkError: none has it.
+    """
+    judged = [(figures[select], checkpoint) for checkpoint, figures in found if figures.get(select) is not None]
+    if not judged:
+        raise WorkError(f"no checkpoint in {out} has a figure {select}; see the validations' messages above")
+    better = min if select in LOWER_IS_BETTER else max
+    value, checkpoint = better(judged, key=lambda pair: pair[0])
+    print(f"chosen by {select}: {value:.4f}")
+    return checkpoint
 
 
 def join_cluster() -> None:
@@ -203,23 +269,25 @@ def claim_run(filesystem: pyarrow.fs.FileSystem, root: str, fields: dict[str, An
         raise UsageError(f"--out {root} cannot be written ({error}); give a writable folder") from error
 
 
-def publish(checkpoint: Path, filesystem: pyarrow.fs.FileSystem, root: str) -> None:
-    """Copy bundle and log of the last checkpoint to where the run's readers expect them."""
+def publish(checkpoint: Path, plan: TrainingPlan, filesystem: pyarrow.fs.FileSystem, root: str) -> None:
+    """Copy the bundle of a checkpoint to where the run's readers expect it, whole."""
     target = f"{root}/bundle"
-    if isinstance(filesystem, pyarrow.fs.LocalFileSystem):
-        import shutil
-
-        partial = Path(f"{root}/.bundle")
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(checkpoint / "bundle", partial)
-        shutil.rmtree(target, ignore_errors=True)
-        partial.replace(target)
-    else:
-        # Object stores have no rename of folders; model.json goes last, and without it a folder is no bundle.
-        filesystem.create_dir(target, recursive=True)
-        for file in sorted((checkpoint / "bundle").iterdir(), key=lambda file: file.name == "model.json"):
-            _upload(file, filesystem, f"{target}/{file.name}")
-    _upload(checkpoint / "log.csv", filesystem, f"{root}/log.csv")
+    with tempfile.TemporaryDirectory() as scratch:
+        bundle = Path(scratch) / "bundle"
+        shutil.copytree(checkpoint / "bundle", bundle)
+        if not (bundle / SAMPLES_FILE).is_file():  # one that was validated on the way
+            complete_bundle(bundle, plan)
+        if isinstance(filesystem, pyarrow.fs.LocalFileSystem):
+            partial = Path(f"{root}/.bundle")
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(bundle, partial)
+            shutil.rmtree(target, ignore_errors=True)
+            partial.replace(target)
+        else:
+            # Object stores have no rename of folders; model.json goes last, and without it a folder is no bundle.
+            filesystem.create_dir(target, recursive=True)
+            for file in sorted(bundle.iterdir(), key=lambda file: file.name == "model.json"):
+                _upload(file, filesystem, f"{target}/{file.name}")
 
 
 def _upload(file: Path, filesystem: pyarrow.fs.FileSystem, target: str) -> None:

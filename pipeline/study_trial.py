@@ -30,7 +30,12 @@ class _FolderReporter:
     def progress(self, row: dict[str, Any]) -> None:
         self.tell(row)
 
-    def checkpoint(self, write: Callable[[Path], None], row: dict[str, Any], *, final: bool) -> None:
+    def leaving(self) -> bool:
+        return False
+
+    def checkpoint(
+        self, write: Callable[[Path], None], row: dict[str, Any], *, final: bool, validate: bool = False
+    ) -> None:
         partial, old = self.folder.with_suffix(".partial"), self.folder.with_suffix(".old")
         for leftover in (partial, old):
             shutil.rmtree(leftover, ignore_errors=True)

@@ -23,6 +23,7 @@ def parser() -> Parser:
     from pipeline.fills import FILLS
     from pipeline.presets import PRESETS
     from pipeline.recipes import RECIPES
+    from pipeline.validation import HIGHER_IS_BETTER, LOWER_IS_BETTER
 
     presets = "; ".join(f"{name}: {preset.summary}" for name, preset in PRESETS.items())
     p = Parser("pipeline.train", "Train a masker with its classifier on Ray Train; running it again resumes.")
@@ -121,6 +122,23 @@ def parser() -> Parser:
         help="arithmetic of the networks (auto: bf16 where the hardware computes with it)",
     )
     p.add_argument("--checkpoint-every", default="2m", metavar="TIME", help="time between checkpoints (default 2m)")
+    p.add_argument(
+        "--validate-every",
+        metavar="TIME",
+        help="judge the masker on val/ this often, beside the training; figures go to RUN/validation.csv (default: never)",
+    )
+    p.add_argument(
+        "--validation-images",
+        type=int,
+        default=500,
+        metavar="N",
+        help="pictures of val/ for each (default %(default)s)",
+    )
+    p.add_argument(
+        "--select",
+        choices=(*LOWER_IS_BETTER, *HIGHER_IS_BETTER),
+        help="keep the validated checkpoint that is best by this figure, instead of the last one",
+    )
     p.add_argument("--seed", type=int, default=0, help="seed of everything random (default 0)")
     p.add_argument("--dry-run", action="store_true", help="say what the run takes and what it should reach, and end")
     return p
@@ -160,7 +178,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     from pipeline.ray_training import fit
 
-    bundle = fit(plan, out=arguments.out, workers=workers, gpu=arguments.gpu)
+    bundle = fit(
+        plan,
+        out=arguments.out,
+        workers=workers,
+        gpu=arguments.gpu,
+        validation_images=arguments.validation_images,
+        select=arguments.select,
+    )
     print(f"model bundle: {bundle}")
 
 

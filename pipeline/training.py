@@ -26,6 +26,7 @@ from pipeline.backbone import (
     tap_classifier,
 )
 from pipeline.batchnorm import SyncedBatchNorm2d, synchronise
+from pipeline.bundle import load_bundle, save_bundle
 from pipeline.data.batches import TrainingBatches
 from pipeline.data.geometry import Geometry, fit
 from pipeline.data.images import Images
@@ -81,6 +82,8 @@ class TrainingPlan:
     """`fp32`, `bf16`, or `auto`: bf16 where the hardware computes with it."""
     checkpoint_seconds: float = 120.0
     """Seconds between two checkpoints."""
+    validate_seconds: float | None = None
+    """Seconds between two validations while the masker learns; none: no validation."""
     threads: int = 1
     """CPU threads of each worker."""
 
@@ -98,8 +101,17 @@ class Reporter(Protocol):
         """Called on every worker after each step."""
         ...
 
-    def checkpoint(self, write: Callable[[Path], None], row: dict[str, Any], *, final: bool) -> None:
-        """Called on every worker; rank 0 is to call ``write`` with an empty folder to fill."""
+    def leaving(self) -> bool:
+        """Whether this worker has been told that its machine will be taken away."""
+        ...
+
+    def checkpoint(
+        self, write: Callable[[Path], None], row: dict[str, Any], *, final: bool, validate: bool = False
+    ) -> None:
+        """Called on every worker; rank 0 is to call ``write`` with an empty folder to fill.
+
+        ``validate``: the folder will hold a `bundle`, which is to be judged while the training goes on.
+        """
         ...
 
 
@@ -187,6 +199,20 @@ def train(plan: TrainingPlan, reporter: Reporter, *, resume: Path | None = None,
         first, spent, rows = _restore(resume, model, step_of, population)
     pretraining = preset.pretraining if untrained else 0.0
 
+    def provenance(row: dict[str, Any]) -> dict[str, Any]:
+        """What a bundle records of its training at ``row``."""
+        return {
+            "plan": {k: v for k, v in asdict(plan).items() if k not in ("paths", "labels", "class_names")},
+            "preset": describe(preset),
+            "images": len(plan.paths),
+            "steps": row["step"],
+            "seconds": round(row.get("seconds", spent), 1),
+            "workers": collective.world_size(),
+            "precision": precision,
+            "versions": {"torch": torch.__version__, "python": platform.python_version()},
+            "last": {key: round(value, 6) for key, value in row.items() if isinstance(value, float)},
+        }
+
     batches = TrainingBatches(
         root=plan.data,
         paths=plan.paths,
@@ -200,7 +226,10 @@ def train(plan: TrainingPlan, reporter: Reporter, *, resume: Path | None = None,
         world=collective.world_size(),
         threads=max(2, plan.threads),
     )
-    started = saved = time.monotonic()
+    started = time.monotonic()
+    # Times of the last checkpoint and validation, on the clock that all workers agree on.
+    saved = validated = spent
+    warned = False
     row: dict[str, Any] = {"step": first, "course": _course(plan, first, spent)}
     stream = batches.iterate(first)
     try:
@@ -219,42 +248,35 @@ def train(plan: TrainingPlan, reporter: Reporter, *, resume: Path | None = None,
                 generator=torch.Generator(device).manual_seed(noise_seed(plan.seed, step, collective.rank())),
             )
             now = time.monotonic()
-            seconds = _agreed(spent + now - started)
+            seconds, leaving = _agreed(spent + now - started, reporter.leaving())
             row = {"step": step + 1, "phase": phase, "course": _course(plan, step + 1, seconds), "seconds": seconds}
             row |= logs | {"waiting": waited / max(now - asked, 1e-9)}
             rows.append(row)
             reporter.progress(row)
-            if seconds - spent - (saved - started) >= plan.checkpoint_seconds and row["course"] < 1:
-                saved = time.monotonic()
+            if row["course"] >= 1:
+                break
+            validate = phase == "joint" and plan.validate_seconds is not None
+            validate = validate and seconds - validated >= (plan.validate_seconds or 0)
+            # A machine that is about to go gets one checkpoint more, and the run goes on elsewhere from there.
+            if seconds - saved >= plan.checkpoint_seconds or validate or (leaving and not warned):
+                saved, warned = seconds, warned or leaving
+                validated = seconds if validate else validated
 
-                def write(folder: Path, row: dict[str, Any] = row) -> None:
+                def write(folder: Path, row: dict[str, Any] = row, whole: bool = validate) -> None:
                     _save(folder, row, rows, model, step_of, population)
+                    if whole:
+                        save_bundle(folder / "bundle", model, spec.model_copy(update={"training": provenance(row)}))
 
-                reporter.checkpoint(write, row, final=False)
+                reporter.checkpoint(write, row, final=False, validate=validate)
     finally:
         stream.close()
 
-    provenance = {
-        "plan": {k: v for k, v in asdict(plan).items() if k not in ("paths", "labels", "class_names")},
-        "preset": describe(preset),
-        "images": len(plan.paths),
-        "steps": row["step"],
-        "seconds": round(row.get("seconds", spent), 1),
-        "workers": collective.world_size(),
-        "precision": precision,
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "last": {key: round(value, 6) for key, value in row.items() if isinstance(value, float)},
-    }
-
     def finish(folder: Path) -> None:
-        from pipeline.bundle import save_bundle
-
         _save(folder, row, rows, model, step_of, population)
-        samples, statistics = _samples(plan, model, normalise)
-        done = spec.model_copy(update={"training": provenance, "mask_statistics": statistics})
-        save_bundle(folder / "bundle", model, done, samples)
+        save_bundle(folder / "bundle", model, spec.model_copy(update={"training": provenance(row)}))
+        complete_bundle(folder / "bundle", plan, device=device)
 
-    reporter.checkpoint(finish, row, final=True)
+    reporter.checkpoint(finish, row, final=True, validate=plan.validate_seconds is not None)
 
 
 def usable_threads(wanted: int) -> int:
@@ -308,13 +330,13 @@ def _course(plan: TrainingPlan, step: int, seconds: float) -> float:
     return max(step / plan.steps, seconds / plan.budget if plan.budget else 0.0)
 
 
-def _agreed(seconds: float) -> float:
-    """Rank 0's clock, so that all workers stop at the same step."""
-    clock = torch.tensor([seconds if collective.rank() == 0 else 0.0], dtype=torch.float64)
+def _agreed(seconds: float, leaving: bool) -> tuple[float, bool]:
+    """Rank 0's clock, and whether any worker's machine is leaving: so that all workers stop and save at the same step."""
+    heard = torch.tensor([seconds if collective.rank() == 0 else 0.0, float(leaving)], dtype=torch.float64)
     if torch.distributed.is_initialized() and torch.distributed.get_backend() == "nccl":
-        clock = clock.cuda()
-    collective.sum_in_place([clock])
-    return float(clock)
+        heard = heard.cuda()
+    collective.sum_in_place([heard])
+    return float(heard[0]), bool(heard[1] > 0)
 
 
 def _save(
@@ -358,12 +380,14 @@ def _restore(
 
 
 @torch.no_grad()
-def _samples(plan: TrainingPlan, model: SaliencyModel, normalise: Normaliser) -> tuple[np.ndarray, dict[str, Any]]:
-    """Training images for calibration and parity, and what their masks look like."""
+def complete_bundle(path: Path, plan: TrainingPlan, *, device: str = "cpu") -> None:
+    """Add to a bundle what readers of finished ones expect: training images for calibration and parity, and what their masks are like."""
+    bundle = load_bundle(path)
     count = min(SAMPLES, len(plan.paths))
     chosen = np.sort(np.random.default_rng([plan.seed, 0x5A]).choice(len(plan.paths), count, replace=False))
     files = Images(plan.data)
     images = np.stack([fit(files.image(plan.paths[k]), plan.input_size, plan.geometry)[0] for k in chosen])
-    model.eval()
+    model, normalise = bundle.model.to(device), Normaliser(plan.mean, plan.std, device)
     masks = [model(normalise(images[k : k + 32]))[1][:, 0].float().cpu().numpy() for k in range(0, count, 32)]
-    return images, summarise(mask_statistics(np.concatenate(masks)))
+    statistics = summarise(mask_statistics(np.concatenate(masks)))
+    save_bundle(path, model, bundle.spec.model_copy(update={"mask_statistics": statistics}), images)

@@ -28,6 +28,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from pipeline.data.listing import list_images
+from tests.benchmarks.nodes import Nodes
 
 
 def main() -> None:
@@ -53,7 +54,7 @@ def main() -> None:
 def measure(flags: argparse.Namespace, folder: Path) -> dict[str, Any]:
     names = link(flags.images, folder / "in", flags.rows)
     started = time.time()
-    with Nodes() as nodes:
+    with Nodes("MapWorker") as nodes:
         job = start(flags, folder / "in", folder / "whole", nodes)
         assert job.wait() == 0, "the undisturbed job failed"
         undisturbed = time.time() - started
@@ -132,43 +133,6 @@ def start(flags: argparse.Namespace, source: Path, output: Path, nodes: Nodes) -
     command += ["--cpus-per-worker", "1", "--shard-size", str(flags.shard_size)]
     environment = os.environ | {"RAY_ADDRESS": nodes.address}
     return subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
-
-
-class Nodes:
-    """A cluster of a head without CPUs and two nodes with one each."""
-
-    def __enter__(self) -> Nodes:
-        from ray.cluster_utils import Cluster
-
-        self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-        self._nodes = [self._added() for _ in range(2)]
-        self.address = self._cluster.address
-        return self
-
-    def kill(self) -> None:
-        """Kill a node with everything on it, and add a fresh one."""
-        self._cluster.remove_node(self._nodes.pop(0), allow_graceful=False)
-        self._nodes.append(self._added())
-
-    def kill_worker(self, chance: random.Random) -> bool:
-        """Kill one of the processes that score; False when there is none at the moment."""
-        raylets = [str(node.all_processes["raylet"][0].process.pid) for node in self._nodes]
-        command = ["pgrep", "-P", ",".join(raylets), "-f", "^ray::MapWorker"]
-        found = subprocess.run(command, capture_output=True, text=True).stdout.split()
-        if found:
-            os.kill(int(chance.choice(found)), signal.SIGKILL)
-        return bool(found)
-
-    def _added(self) -> Any:
-        for _ in range(5):  # on a busy machine a node may be too slow for Ray's patience
-            try:
-                return self._cluster.add_node(num_cpus=1)
-            except Exception as error:
-                print(f"a node did not start ({error}); once more", file=sys.stderr)
-        raise RuntimeError("no node would start")
-
-    def __exit__(self, *_: object) -> None:
-        self._cluster.shutdown()
 
 
 def parts(folder: Path) -> dict[str, bytes]:

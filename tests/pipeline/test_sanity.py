@@ -33,7 +33,10 @@ class _Keep:
 
     def progress(self, row: dict) -> None: ...
 
-    def checkpoint(self, write, row: dict, *, final: bool) -> None:
+    def leaving(self) -> bool:
+        return False
+
+    def checkpoint(self, write, row: dict, *, final: bool, validate: bool = False) -> None:
         if final:
             write(self.folder)
 

@@ -43,6 +43,7 @@ def test_the_flags_are_frozen() -> None:
         "--batchnorm", "--class-map", "--class-names", "--per-class", "--image-size", "--geometry", "--layers",
         "--size-target", "--set", "--fill", "--batch-size", "--epochs", "--steps", "--budget", "--workers", "--gpu", "--precision",
         "--checkpoint-every", "--seed", "--recipe", "--dry-run",
+        "--validate-every", "--validation-images", "--select",
     }  # fmt: skip
     assert parse_workers("3") == 3 and parse_workers("1:4") == (1, 4)
 

@@ -1,0 +1,43 @@
+"""TensorBoard's event files of a run, on this machine or in an object store."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from pipeline.data import store
+
+
+class Board:
+    """Writes scalars to ``RUN/tensorboard/<name>``; objects of a store are written whole at each `flush`."""
+
+    def __init__(self, run: str, name: str, *, first_step: int = 0) -> None:
+        """``first_step``: where a resumed run goes on; what an earlier process wrote beyond it is hidden."""
+        from tensorboardX import SummaryWriter
+
+        place = store.join(store.place_of(run), "tensorboard", name)
+        self.remote = place if store.is_remote(place) else None
+        self.folder = Path(tempfile.mkdtemp()) if self.remote else Path(place)
+        self.writer = SummaryWriter(str(self.folder), purge_step=first_step or None, flush_secs=30)
+
+    def add(self, step: int, numbers: Mapping[str, object]) -> None:
+        """Scalars of ``step``; whatever is no number is left out."""
+        for name, value in numbers.items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                self.writer.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        """Bring everything so far to where it can be seen."""
+        self.writer.flush()
+        if self.remote:
+            for file in self.folder.iterdir():
+                store.write_bytes(store.join(self.remote, file.name), file.read_bytes())
+
+    def close(self) -> None:
+        """Flush, and no more."""
+        self.flush()
+        self.writer.close()
+        if self.remote:
+            shutil.rmtree(self.folder)

@@ -1,0 +1,68 @@
+"""Judging checkpoints while the training goes on: a task of Ray Train beside the workers, and what becomes of its figures.
+
+Every validated checkpoint leaves ``RUN/validation/<step>.json``; `collect` makes ``RUN/validation.csv`` of them.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.data import store
+
+if TYPE_CHECKING:
+    from ray.train import Checkpoint
+
+LOWER_IS_BETTER = ("LE", "OM", "SM")
+HIGHER_IS_BETTER = ("F1", "F1a", "PxAP", "MaxBoxAccV2", "mask_iou", "top1", "top5")
+KEPT = (*LOWER_IS_BETTER, *HIGHER_IS_BETTER, "mask_mean", "mask_std", "entropy", "n_images")
+FOLDER = "validation"
+
+
+def validate(checkpoint: Checkpoint, *, run: str, data: str, images: int, threads: int) -> dict[str, float]:
+    """Figures of a checkpoint's bundle on ``images`` pictures of ``data``/val, always the same ones.
+
+    ``run``: the run's folder or URI, which gets a record and TensorBoard's events.
+    """
+    import torch
+
+    from pipeline.board import Board
+    from pipeline.bundle import load_bundle
+    from pipeline.evaluate import evaluate
+
+    torch.set_num_threads(threads)
+    with checkpoint.as_directory() as folder:
+        bundle = load_bundle(Path(folder) / "bundle")
+    step = int(bundle.spec.training["steps"])
+    found = evaluate(bundle, data, limit=images, baselines=(), original="none", progress=False)
+    figures = {name: float(found[name]) for name in KEPT if found.get(name) is not None}
+    record = {"step": step, "seconds": bundle.spec.training["seconds"]} | figures
+    place = store.join(store.place_of(run), FOLDER, f"{step:08d}.json")
+    store.write_bytes(place, (json.dumps(record) + "\n").encode())
+    board = Board(run, FOLDER)
+    board.add(step, figures)
+    board.close()
+    return figures
+
+
+def read_records(run: str) -> list[dict[str, Any]]:
+    """All validations of a run, by step."""
+    folder = store.join(store.place_of(run), FOLDER)
+    records = [json.loads(store.read_bytes(e.place)) for e in store.list_folder(folder) if e.place.endswith(".json")]
+    return sorted(records, key=lambda record: record["step"])
+
+
+def collect(run: str) -> None:
+    """Write ``RUN/validation.csv``; nothing where nothing was validated."""
+    records = read_records(run)
+    if not records:
+        return
+    text = io.StringIO()
+    columns = list(dict.fromkeys(name for record in records for name in record))
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    store.write_bytes(store.join(store.place_of(run), "validation.csv"), text.getvalue().encode())

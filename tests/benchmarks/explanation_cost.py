@@ -1,0 +1,162 @@
+"""What the explanation costs: the exported graph with the mask against the same graph without, and against Grad-CAM.
+
+    python -m tests.benchmarks.explanation_cost [--init resnet50] [--image-size 224] [--rounds 15] [--out result.json]
+
+Random weights, since only time is measured.  Both graphs run in ONNX Runtime on the CPU with the same threads, in turns,
+on the same images; the plain one is the exported graph cut at the logits.  Grad-CAM is that of pytorch-grad-cam on the same
+classifier in torch, beside one forward of torch with the mask.  Ratios are medians over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from onnx.utils import Extractor
+
+from export.graph import GraphConfig
+from export.source import from_bundle
+from pipeline.backbone import choose_taps, create_classifier, pyramid, tap_classifier
+from pipeline.bundle import load_bundle, save_bundle
+from pipeline.masker import default_mask_size
+from pipeline.model import SaliencyModel, build_masker
+from pipeline.planning import parse_init
+from pipeline.spec import BackboneSpec, MaskerSpec, ModelSpec
+
+CLASSES = 1000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--init", default="resnet50")
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--batch", default="1,16", help="batch sizes")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--out", type=Path)
+    flags = parser.parse_args()
+    torch.set_num_threads(flags.threads)
+    with TemporaryDirectory() as folder:
+        result = measure(flags, Path(folder))
+    print(json.dumps(result, indent=1))
+    if flags.out:
+        flags.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def measure(flags: argparse.Namespace, folder: Path) -> dict[str, dict[str, float]]:
+    model = a_bundle(flags, folder / "bundle")
+    with_mask, plain = graphs(folder / "bundle", flags.threads)
+    random = np.random.default_rng(0)
+    result: dict[str, dict[str, float]] = {}
+    for batch in (int(text) for text in flags.batch.split(",")):
+        images = random.integers(0, 256, (batch, flags.image_size, flags.image_size, 3), dtype=np.uint8)
+        x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+        names = [output.name for output in with_mask.get_outputs()]
+        a, b = with_mask.run(["logits"], {"image": images})[0], plain.run(["logits"], {"image": images})[0]
+        assert np.allclose(a, b, atol=1e-4), "the two graphs classify alike"
+        contestants: dict[str, Callable[[], object]] = {
+            "plain_graph": lambda images=images: plain.run(["logits"], {"image": images}),
+            "graph_with_mask": lambda images=images, names=names: with_mask.run(names, {"image": images}),
+            "torch_with_mask": lambda x=x: forward(model, x),
+            "grad_cam": grad_cam(model, x),
+        }
+        times = in_turns(contestants, flags.rounds)
+        result[f"batch {batch}"] = {
+            "graph_with_mask/plain_graph": ratio(times, "graph_with_mask", "plain_graph"),
+            "grad_cam/torch_with_mask": ratio(times, "grad_cam", "torch_with_mask"),
+            "grad_cam/graph_with_mask": ratio(times, "grad_cam", "graph_with_mask"),
+        }
+    return result
+
+
+def a_bundle(flags: argparse.Namespace, path: Path) -> SaliencyModel:
+    """A model with random weights as a bundle in ``path``."""
+    torch.manual_seed(0)
+    source, name = parse_init(flags.init)
+    classifier = create_classifier(source, name, outputs=CLASSES, arguments={})
+    maps = pyramid(source, classifier, flags.image_size)
+    taps = choose_taps(maps, None)
+    backbone = tap_classifier(source, classifier, taps, last_map=maps[-1].module)
+    mask_size = default_mask_size(flags.image_size)
+    masker = build_masker(MaskerSpec(), backbone, mask_size=mask_size, classes=CLASSES)
+    spec = ModelSpec(
+        backbone=BackboneSpec(source=source, name=name, outputs=CLASSES, taps=taps),  # pyright: ignore[reportArgumentType]
+        masker=MaskerSpec(),
+        preset="fix",
+        input_size=flags.image_size,
+        mask_size=mask_size,
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+        class_names=[str(k) for k in range(CLASSES)],
+        data_classes=["a"],
+        class_index=[0],
+    )
+    save_bundle(path, SaliencyModel(backbone=backbone, masker=masker), spec)
+    return load_bundle(path).model
+
+
+def graphs(bundle: Path, threads: int) -> tuple[onnxruntime.InferenceSession, onnxruntime.InferenceSession]:
+    """Sessions of the exported graph, and of its part from the image to the logits."""
+    whole: onnx.ModelProto = from_bundle(load_bundle(bundle), config=GraphConfig(), opset=18, rebuild="").model
+    part = Extractor(onnx.shape_inference.infer_shapes(whole)).extract_model(["image"], ["logits"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    sessions = [
+        onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        for graph in (whole, part)
+    ]
+    return sessions[0], sessions[1]
+
+
+@torch.no_grad()
+def forward(model: SaliencyModel, x: torch.Tensor) -> object:
+    return model(x)
+
+
+def grad_cam(model: SaliencyModel, x: torch.Tensor) -> Callable[[], object]:
+    """Grad-CAM of the predicted class at the deepest map."""
+    from pytorch_grad_cam import GradCAM
+
+    class Logits(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = model.backbone
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.backbone(x).logits
+
+    network = Logits().eval().requires_grad_(True)
+    layers = [module for name, module in network.named_modules() if name.endswith("layer4")]
+    layers = layers or [m for m in network.modules() if isinstance(m, torch.nn.Conv2d)][-1:]
+    cam = GradCAM(model=network, target_layers=layers)
+    return lambda: cam(input_tensor=x)
+
+
+def in_turns(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each contestant in each round, after one round to warm up."""
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for number in range(rounds + 1):
+        for name, call in contestants.items():
+            started = time.perf_counter()
+            call()
+            if number:
+                times[name].append(time.perf_counter() - started)
+    return times
+
+
+def ratio(times: dict[str, list[float]], above: str, below: str) -> float:
+    """Median over the rounds of one time over another."""
+    return round(statistics.median(a / b for a, b in zip(times[above], times[below], strict=True)), 3)
+
+
+if __name__ == "__main__":
+    main()

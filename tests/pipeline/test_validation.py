@@ -1,0 +1,94 @@
+"""Validation beside the training: its figures, its files, and the checkpoint that is chosen by them."""
+
+from __future__ import annotations
+
+import csv
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.bundle import load_bundle
+from pipeline.cli import run
+from pipeline.data.planted import write_planted
+from pipeline.errors import WorkError
+from pipeline.evaluate import evaluate
+from pipeline.ray_training import best_of
+from pipeline.train import main
+
+ENVIRONMENT = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "CUDA_VISIBLE_DEVICES": "", "RAY_ADDRESS": "local"}
+
+
+def scalars(folder: Path) -> dict[str, list[int]]:
+    """Names and steps of the scalars in a folder of TensorBoard's event files."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found: dict[str, list[int]] = {}
+    for file in sorted(folder.iterdir()):
+        data = file.read_bytes()
+        while data:  # length, its checksum, the event, its checksum
+            (length,) = struct.unpack("<Q", data[:8])
+            event = Event.FromString(data[12 : 12 + length])
+            for value in event.summary.value:
+                found.setdefault(value.tag, []).append(event.step)
+            data = data[16 + length :]
+    return found
+
+
+@pytest.mark.timeout(900)
+def test_the_best_checkpoint_becomes_the_bundle(tmp_path: Path) -> None:
+    data, out = tmp_path / "data", tmp_path / "run"
+    write_planted(data, seed=0, size=48, per_class_train=4, per_class_val=2)
+    command = [sys.executable, "-m", "pipeline.train", "--data", str(data), "--out", str(out), "--init", "resnet18"]
+    command += ["--image-size", "48", "--batch-size", "8", "--steps", "60", "--set", "pretraining=0.2"]
+    command += ["--validate-every", "3s", "--validation-images", "16", "--select", "LE"]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    with (out / "validation.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) >= 2 and int(rows[-1]["step"]) == 60
+    assert all(0 <= float(row["LE"]) <= 1 and row["n_images"] == "16.0" for row in rows)
+    best = min(float(row["LE"]) for row in rows)
+    assert f"chosen by LE: {best:.4f}" in done.stdout
+    bundle = load_bundle(out / "bundle")
+    chosen = next(row for row in rows if int(row["step"]) == bundle.spec.training["steps"])
+    assert float(chosen["LE"]) == best
+    assert bundle.samples is not None and bundle.spec.mask_statistics
+    again = evaluate(bundle, data, limit=16, baselines=(), original="none", progress=False)
+    assert again["LE"] == pytest.approx(best)
+
+    seen = scalars(out / "tensorboard" / "train")
+    assert seen["train/clean_loss"] == list(range(1, 61)) and seen["train/mask_mean"][-1] == 60
+    assert sorted(scalars(out / "tensorboard" / "validation")["LE"]) == sorted(int(row["step"]) for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--select", "LE"], "nothing is validated; add --validate-every"),
+        (["--validate-every", "soon"], "give a time such as 90s"),
+        (["--validate-every", "1m"], "no folder val/"),
+        (["--validate-every", "1m", "--validation-images", "0"], "give a number of at least 1"),
+    ],
+)
+def test_wrong_use(tmp_path: Path, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    write_planted(tmp_path / "all", seed=0, size=32, per_class_train=1, per_class_val=1)
+    data = tmp_path / "data"
+    data.mkdir()
+    (tmp_path / "all" / "train").rename(data / "train")
+    with pytest.raises(SystemExit) as end:
+        run(
+            main,
+            "pipeline.train",
+            ["--data", str(data), "--out", str(tmp_path / "run"), "--init", "resnet18", *arguments],
+        )
+    assert end.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_nothing_to_choose_from() -> None:
+    with pytest.raises(WorkError, match="no checkpoint in RUN has a figure LE"):
+        best_of([], "LE", "RUN")
