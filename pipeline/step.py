@@ -23,6 +23,7 @@ from pipeline import collective
 from pipeline.acceleration import accelerate
 from pipeline.area_price import next_price
 from pipeline.batchnorm import frozen_statistics
+from pipeline.clean_cache import CleanCache
 from pipeline.fills import Fill
 from pipeline.masking import mask_in, mask_out, upsample
 from pipeline.model import SaliencyModel
@@ -45,6 +46,8 @@ class Batch(NamedTuple):
     """(n,) int64 logit indices."""
     areas: Tensor | None = None
     """(n,) wanted mask areas in [0, 1], for maskers that take them."""
+    views: tuple[int, ...] | None = None
+    """A number for each picture that tells it from every other one, mirrored ones included; none where there are too many."""
 
 
 class Clean(NamedTuple):
@@ -92,10 +95,11 @@ class JointStep:
         autocast: torch.autocast | None = None,
         scratch: bool,
         classes: Sequence[int] | None = None,
+        cache: CleanCache | None = None,
         plain: bool = False,
     ) -> None:
         """``blank``: (1, 3, S, S), the picture with everything masked.  ``scratch``: the classifier starts from random weights.
-        ``classes``: the outputs that the data has pictures of; none: all.
+        ``classes``: the outputs that the data has pictures of; none: all.  ``cache``: of a frozen classifier's clean passes.
 
         ``plain``: leave the classifier's layers as they are, instead of rewriting them (`pipeline.acceleration`).
         """
@@ -105,6 +109,7 @@ class JointStep:
         self.preset = preset
         self.fill = fill
         self.blank = blank
+        self.cache = cache
         self.classes = None if classes is None else torch.tensor(sorted(set(classes)), device=blank.device)
         self.population = population
         self.autocast = autocast or nullcontext()
@@ -190,8 +195,17 @@ class JointStep:
         """The classifier on the pictures as they are; with a graph where the classifier learns in ``phase``."""
         classifier_learns = self.trains_classifier and (phase == "classifier" or self.joint)
         self.model.backbone.train(classifier_learns and self.batchnorm_trains)
-        with torch.set_grad_enabled(classifier_learns), self.autocast:
-            logits, features = self.model.backbone(batch.images)
+        known = None
+        views = batch.views if self.cache is not None and not classifier_learns else None
+        if self.cache is not None and views is not None:
+            known = self.cache.find(views)
+        if known is None:
+            with torch.set_grad_enabled(classifier_learns), self.autocast:
+                logits, features = self.model.backbone(batch.images)
+            if self.cache is not None and views is not None:
+                self.cache.keep(views, logits, features)
+        else:
+            logits, features = known
         logits = _wide(logits)
         loss = F.cross_entropy(logits, batch.labels, reduction="sum") / divisor
         right = logits.detach().argmax(1) == batch.labels
@@ -211,7 +225,7 @@ class JointStep:
         generator: torch.Generator | None = None,
     ) -> Losses:
         """The losses of the masks of ``batch``, judged by the current classifier or the ``drawn`` earlier one."""
-        x, labels, areas = batch
+        x, labels, areas = batch.images, batch.labels, batch.areas
         backbone, masker, preset = self.model.backbone, self.model.masker, self.preset
         classifier_learns = self.trains_classifier and self.joint
         masker.train()

@@ -27,6 +27,7 @@ from pipeline.backbone import (
 )
 from pipeline.batchnorm import SyncedBatchNorm2d, synchronise
 from pipeline.bundle import load_bundle, save_bundle
+from pipeline.clean_cache import CleanCache
 from pipeline.data.batches import TrainingBatches
 from pipeline.data.geometry import Geometry, fit
 from pipeline.data.images import Images
@@ -193,6 +194,7 @@ def train(plan: TrainingPlan, reporter: Reporter, *, resume: Path | None = None,
         autocast=torch.autocast(device, torch.bfloat16) if precision == "bf16" else None,
         scratch=untrained,
         classes=plan.class_index,
+        cache=CleanCache(preset.augmentation.views * len(plan.paths)) if preset.augmentation.views else None,
     )
     first, spent, rows = 0, 0.0, []
     if resume is not None:
@@ -235,12 +237,12 @@ def train(plan: TrainingPlan, reporter: Reporter, *, resume: Path | None = None,
     try:
         while row["course"] < 1:
             asked = time.monotonic()
-            step, images, labels = next(stream)
+            step, images, labels, views = next(stream)
             waited = time.monotonic() - asked
             phase, course = _phase(row["course"], pretraining)
             areas = wanted_areas(plan, preset.area_range, step, device) if preset.masker.target_area else None
             logs = step_of(
-                Batch(normalise(images), torch.from_numpy(labels).to(device), areas),
+                Batch(normalise(images), torch.from_numpy(labels).to(device), areas, views if step_of.cache else None),
                 step=step,
                 divisor=plan.batch_size,
                 phase=phase,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -29,9 +30,17 @@ class Augmentation:
     """Crops are at most this much wider or taller than the picture's own shape."""
     mirror: bool = True
 
+    @property
+    def views(self) -> int | None:
+        """How many views of a picture there are; none where a crop may be anything."""
+        whole = self.smallest_area == 1 and self.aspect == 1
+        return (2 if self.mirror else 1) if whole else None
 
-def random_view(image: np.ndarray, size: int, augmentation: Augmentation, random: np.random.Generator) -> np.ndarray:
-    """A random crop of ``image`` (H, W, 3) uint8, resized to (size, size, 3), perhaps mirrored."""
+
+def random_view(
+    image: np.ndarray, size: int, augmentation: Augmentation, random: np.random.Generator
+) -> tuple[np.ndarray, bool]:
+    """A random crop of ``image`` (H, W, 3) uint8, resized to (size, size, 3), and whether it is mirrored."""
     height, width = image.shape[:2]
     area = random.uniform(augmentation.smallest_area, 1.0)
     aspect = np.exp(random.uniform(-np.log(augmentation.aspect), np.log(augmentation.aspect)))
@@ -40,7 +49,8 @@ def random_view(image: np.ndarray, size: int, augmentation: Augmentation, random
     x0, y0 = random.uniform(0, width - w), random.uniform(0, height - h)
     box = (x0, y0, x0 + w, y0 + h)
     view = np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR, box=box))
-    return view[:, ::-1] if augmentation.mirror and random.random() < 0.5 else view
+    mirrored = augmentation.mirror and random.random() < 0.5
+    return (view[:, ::-1] if mirrored else view), mirrored
 
 
 def epoch_order(images: int, *, seed: int, epoch: int, blocks: np.ndarray | None = None) -> np.ndarray:
@@ -80,8 +90,20 @@ def block_numbers(paths: Sequence[str]) -> np.ndarray | None:
     return np.array([numbers.setdefault(key, len(numbers)) for key in keys])
 
 
+class Loaded(NamedTuple):
+    """This worker's share of a global batch."""
+
+    step: int
+    images: np.ndarray
+    """(n, size, size, 3) uint8."""
+    labels: np.ndarray
+    """(n,) int64."""
+    views: tuple[int, ...]
+    """Number of each picture's view: twice its index, plus one where it is mirrored."""
+
+
 class TrainingBatches:
-    """Iterates over (step, images (n, size, size, 3) uint8, labels (n,)), this worker's share of each global batch.
+    """Iterates over this worker's share of each global batch.
 
     Images are decoded ahead by a pool of threads.  An image that cannot be decoded ends the run with an `ImageError`
     that names it: a training set is looked at before it is used.
@@ -126,20 +148,20 @@ class TrainingBatches:
             self.orders[epoch] = epoch_order(len(self.paths), seed=self.seed, epoch=epoch, blocks=self.blocks)
         return self.orders[epoch]
 
-    def load(self, step: int, index: int) -> np.ndarray:
-        """Image ``index`` as step ``step`` sees it, (size, size, 3) uint8."""
+    def load(self, step: int, index: int) -> tuple[np.ndarray, bool]:
+        """Image ``index`` as step ``step`` sees it, (size, size, 3) uint8, and whether it is mirrored."""
         try:
             image = self.images.image(self.paths[index])
         except ImageError as error:
             raise ImageError(error.kind, f"{self.paths[index]}: {error.message}; mend or remove it") from error
         if self.augmentation is None:
-            return fit(image, self.size, self.geometry)[0]
+            return fit(image, self.size, self.geometry)[0], False
         random = np.random.default_rng([self.seed, 0xA06, step, int(index)])
         return random_view(image, self.size, self.augmentation, random)
 
-    def iterate(self, first_step: int) -> Generator[tuple[int, np.ndarray, np.ndarray], None, None]:
+    def iterate(self, first_step: int) -> Generator[Loaded, None, None]:
         """Batches from ``first_step`` on, without end; close the iterator to stop the decoding."""
-        waiting: deque[tuple[int, np.ndarray, list[Future[np.ndarray]]]] = deque()
+        waiting: deque[tuple[int, np.ndarray, list[Future[tuple[np.ndarray, bool]]]]] = deque()
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
         try:
             for step in count(first_step):
@@ -147,6 +169,8 @@ class TrainingBatches:
                 waiting.append((step, share, [pool.submit(self.load, step, int(index)) for index in share]))
                 if len(waiting) > self.ahead:
                     ready, share, images = waiting.popleft()
-                    yield ready, np.stack([image.result() for image in images]), self.labels[share]
+                    loaded = [image.result() for image in images]
+                    views = tuple(2 * int(k) + mirrored for k, (_, mirrored) in zip(share, loaded, strict=True))
+                    yield Loaded(ready, np.stack([image for image, _ in loaded]), self.labels[share], views)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.data import store
-from pipeline.data.batches import WINDOW, TrainingBatches, block_numbers, epoch_order
+from pipeline.data.batches import WINDOW, Loaded, TrainingBatches, block_numbers, epoch_order
 from pipeline.data.decode import ImageError
 from pipeline.data.images import Images
 from pipeline.data.planted import write_planted
@@ -156,7 +156,7 @@ def test_batches_are_shared_among_workers_and_resume(folder: Path, tmp_path: Pat
     WRITERS[kind](split, tmp_path / "shards", kind)
     found = read_split(tmp_path / "shards", "train")
 
-    def batches(first: int, rank: int = 0, world: int = 1) -> list[tuple[int, np.ndarray, np.ndarray]]:
+    def batches(first: int, rank: int = 0, world: int = 1) -> list[Loaded]:
         stream = TrainingBatches(
             root=found.root,
             paths=found.paths,
@@ -174,12 +174,13 @@ def test_batches_are_shared_among_workers_and_resume(folder: Path, tmp_path: Pat
         return taken
 
     whole, later = batches(0), batches(5)
-    for (step, images, labels), (same, again, targets) in zip(whole[5:], later, strict=True):
-        assert step == same and np.array_equal(images, again) and np.array_equal(labels, targets)
-    for step, images, labels in whole:
-        for rank in range(2):
-            _, mine, targets = batches(0, rank, 2)[step]
-            assert np.array_equal(mine, images[rank::2]) and np.array_equal(targets, labels[rank::2])
+    for one, same in zip(whole[5:], later, strict=True):
+        assert one.step == same.step and one.views == same.views
+        assert np.array_equal(one.images, same.images) and np.array_equal(one.labels, same.labels)
+    for rank in range(2):
+        for one, mine in zip(whole, batches(0, rank, 2), strict=True):
+            assert np.array_equal(mine.images, one.images[rank::2])
+            assert np.array_equal(mine.labels, one.labels[rank::2])
 
 
 def test_damage_is_named(folder: Path, tmp_path: Path) -> None:
