@@ -12,8 +12,9 @@ from typing import Literal, Protocol
 import numpy as np
 
 from pipeline.data.annotations import Annotations
-from pipeline.data.decode import ImageError, read_image
+from pipeline.data.decode import ImageError
 from pipeline.data.geometry import box_to_input, fit
+from pipeline.data.images import Images
 from pipeline.data.listing import SPLITS, list_images
 from pipeline.data.splits import read_split
 from pipeline.errors import UsageError
@@ -93,6 +94,7 @@ def from_folder(
     paths, labels = _listing(root, splits, data_classes)
     annotations = Annotations.of(root)
     keep = np.unique(np.linspace(0, len(paths) - 1, min(count, len(paths))).round().astype(int)) if paths else []
+    files = Images(str(root))
     names: list[str] = []
     images: list[np.ndarray] = []
     targets: list[int] = []
@@ -100,7 +102,7 @@ def from_folder(
     for index in keep:
         path = paths[index]
         try:
-            picture = read_image(root / path)
+            picture = files.image(path)
         except ImageError as error:
             print(f"left out {root / path}: {error}", file=sys.stderr)
             continue

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.data import store
+from pipeline.errors import UsageError, WorkError
+
+BETWEEN = 600.0
+"""Seconds between two writings of the same events to a store."""
 
 
 class Board:
@@ -20,7 +26,8 @@ class Board:
         place = store.join(store.place_of(run), "tensorboard", name)
         self.remote = place if store.is_remote(place) else None
         self.folder = Path(tempfile.mkdtemp()) if self.remote else Path(place)
-        self.writer = SummaryWriter(str(self.folder), purge_step=first_step or None, flush_secs=30)
+        self.sent = time.monotonic()
+        self.writer = SummaryWriter(str(self.folder), purge_step=first_step + 1, flush_secs=30)
 
     def add(self, step: int, numbers: Mapping[str, object]) -> None:
         """Scalars of ``step``; whatever is no number is left out."""
@@ -29,15 +36,24 @@ class Board:
                 self.writer.add_scalar(name, value, step)
 
     def flush(self) -> None:
-        """Bring everything so far to where it can be seen."""
+        """Bring what there is to where it can be seen; to a store every ten minutes, since objects are written whole."""
         self.writer.flush()
-        if self.remote:
-            for file in self.folder.iterdir():
-                store.write_bytes(store.join(self.remote, file.name), file.read_bytes())
+        if time.monotonic() - self.sent > BETWEEN:
+            self._send()
 
     def close(self) -> None:
-        """Flush, and no more."""
-        self.flush()
+        """Bring everything to where it can be seen, and end."""
         self.writer.close()
+        self._send()
         if self.remote:
             shutil.rmtree(self.folder)
+
+    def _send(self) -> None:
+        self.sent = time.monotonic()
+        if not self.remote:
+            return
+        try:
+            for file in self.folder.iterdir():
+                store.write_bytes(store.join(self.remote, file.name), file.read_bytes())
+        except (UsageError, WorkError) as error:  # curves are not worth a run
+            print(f"TensorBoard's events are not written: {error}", file=sys.stderr)

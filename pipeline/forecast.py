@@ -61,7 +61,7 @@ def forecast(plan: TrainingPlan) -> Forecast:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(PROBE, 3, plan.input_size, plan.input_size, generator=generator)
     areas = torch.full((PROBE,), 0.5) if preset.masker.target_area else None
-    batch = Batch(images, torch.tensor(plan.class_index[:PROBE]), areas)
+    batch = Batch(images, torch.tensor((plan.class_index * PROBE)[:PROBE]), areas)
     weights = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
     kept: dict[int, int] = {}
 

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.backbone import create_classifier, default_normalisation
+from pipeline.data.annotations import Annotations
 from pipeline.data.decode import ImageError
 from pipeline.data.images import Images
 from pipeline.data.splits import Split, read_split
 from pipeline.errors import UsageError
 from pipeline.settings import configure
 from pipeline.training import TrainingPlan, build
+from pipeline.validation import NEED_BOXES, NEED_MASKS
 
 LARGEST_DEFAULT = 224
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -88,13 +90,13 @@ def plan_training(arguments: argparse.Namespace) -> TrainingPlan:
         settings=tuple(settings),
         precision=arguments.precision,
         checkpoint_seconds=parse_time(arguments.checkpoint_every, "--checkpoint-every"),
-        validate_seconds=validation_interval(arguments, split.root),
+        validate_seconds=validation_interval(arguments, split),
     )
     build(plan)  # whatever is wrong with the classifier, its weights or its layers is said now and not by a worker
     return plan
 
 
-def validation_interval(arguments: argparse.Namespace, root: str) -> float | None:
+def validation_interval(arguments: argparse.Namespace, split: Split) -> float | None:
     """Seconds between validations; none where none is asked for.
 
     Raises:
@@ -107,7 +109,12 @@ def validation_interval(arguments: argparse.Namespace, root: str) -> float | Non
     if arguments.validation_images < 1:
         raise UsageError(f"--validation-images {arguments.validation_images}: give a number of at least 1")
     seconds = parse_time(arguments.validate_every, "--validate-every")
-    read_split(root, "val")
+    read_split(split.root, "val", classes=split.classes)
+    known = Annotations.of(split.root)
+    if arguments.select in NEED_BOXES and not known.box_table:
+        raise UsageError(f"--select {arguments.select}: {split.root} has no boxes.csv; add it, or select by top1")
+    if arguments.select in NEED_MASKS and (known.mask_folder is None or not known.mask_folder.is_dir()):
+        raise UsageError(f"--select {arguments.select}: {split.root} has no folder masks/; add it, or select by top1")
     return seconds
 
 

@@ -78,12 +78,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     from tqdm import tqdm
 
     root, out = Path(arguments.root), Path(arguments.out)
+    if out.resolve().is_relative_to(root.resolve()):
+        raise UsageError(f"--out {out} lies in {root}, which is only read; give a new folder beside it")
     train = list_training(root)
     if arguments.split == "train-validation":
         train, val = split_training(train, seed=arguments.seed)
     else:
         val = list_validation(root, {picture.wnid for picture in train})
     wnids = sorted({picture.wnid for picture in train})
+    wanted = {("train", p.wnid, p.file.name) for p in train} | {("val", p.wnid, p.file.name) for p in val}
+    for split in ("train", "val"):
+        for old in (out / split).glob("*/*"):
+            if (split, old.parent.name, old.name) not in wanted or not old.is_symlink():
+                raise UsageError(f"--out {out} holds {old}, which is none of this split's links; give a new folder")
     pictures = [("train", picture) for picture in train] + [("val", picture) for picture in val]
     try:
         for split in ("train", "val"):
@@ -147,8 +154,11 @@ def list_validation(root: Path, known: set[str]) -> list[Picture]:
 def split_training(pictures: Sequence[Picture], *, seed: int) -> tuple[list[Picture], list[Picture]]:
     """(Train-Train, Train-Validation): of each class at most 50 of the pictures that have boxes, drawn by ``seed``."""
     chosen: set[Path] = set()
-    for wnid in sorted({picture.wnid for picture in pictures}):
-        boxed = [picture.file for picture in pictures if picture.wnid == wnid and picture.annotation is not None]
+    of_class: dict[str, list[Path]] = {}
+    for picture in pictures:
+        if picture.annotation is not None:
+            of_class.setdefault(picture.wnid, []).append(picture.file)
+    for wnid, boxed in sorted(of_class.items()):
         order = np.random.default_rng([seed, zlib.crc32(wnid.encode())]).permutation(len(boxed))
         chosen.update(boxed[k] for k in order[:VALIDATION_IMAGES])
     return [p for p in pictures if p.file not in chosen], [p for p in pictures if p.file in chosen]

@@ -176,6 +176,9 @@ class _Last:
     def leaving(self) -> bool:
         return False
 
+    def ready(self) -> bool:
+        return False
+
     def checkpoint(
         self, write: Callable[[Path], None], row: dict[str, object], *, final: bool, validate: bool = False
     ) -> None:

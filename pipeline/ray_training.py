@@ -8,6 +8,7 @@ import json
 import logging
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,14 +24,17 @@ from ray.train.v2.api.validation_config import ValidationConfig, ValidationTaskC
 
 from pipeline.board import Board
 from pipeline.bundle import SAMPLES_FILE
+from pipeline.data import store
 from pipeline.errors import UsageError, WorkError
 from pipeline.training import TrainingPlan, complete_bundle
-from pipeline.validation import LOWER_IS_BETTER, collect, validate
+from pipeline.validation import LEAST, LOWER_IS_BETTER, SCORE, collect, record_of, validate
 
 STORAGE_NAME = "checkpoints"
 PLAN_FILE = "plan.json"
 MAY_CHANGE = ("steps", "budget", "threads", "checkpoint_seconds", "validate_seconds", "precision")
 """Fields of a plan that a run may be continued with another value of."""
+PATIENCE = 3600.0
+"""Seconds after which a validation without a record counts as failed."""
 RESTARTS = 100
 """Worker failures that a run survives; each costs at most the steps since the last checkpoint."""
 
@@ -39,7 +43,9 @@ class RayReporter:
     """Carries progress and checkpoints of a worker to Ray Train."""
 
     def __init__(self, plan: TrainingPlan, run: str, *, first_course: float, first_step: int) -> None:
+        self.run = run
         self.bar = self.board = None
+        self.asked: tuple[int, float] | None = None
         if ray.train.get_context().get_world_rank() == 0:
             from ray.experimental import tqdm_ray
 
@@ -62,15 +68,23 @@ class RayReporter:
             self.shown = done
 
     def leaving(self) -> bool:
-        """Whether Ray knows that a machine of this run is about to be taken away (spot instances)."""
+        """Whether Ray knows that a machine of this run is about to be taken away (spot instances); a barrier."""
         notice = getattr(ray.train, "get_preemption_info", None)  # new in Ray 2.56
         return notice is not None and notice() is not None
+
+    def ready(self) -> bool:
+        """Whether the validation that was asked for last has ended, so that they do not pile up."""
+        if self.asked is None or time.monotonic() - self.asked[1] > PATIENCE:
+            return True
+        return store.exists(record_of(self.run, self.asked[0]))
 
     def checkpoint(
         self, write: Callable[[Path], None], row: dict[str, Any], *, final: bool, validate: bool = False
     ) -> None:
         """Report the row to Ray Train with the checkpoint that rank 0 writes; a barrier for all workers."""
-        numbers = {key: value for key, value in row.items() if isinstance(value, int | float)}
+        numbers = {key: value for key, value in row.items() if isinstance(value, int | float)} | {SCORE: LEAST}
+        if validate:
+            self.asked = (row["step"], time.monotonic())
         with tempfile.TemporaryDirectory() as folder:
             checkpoint = None
             if ray.train.get_context().get_world_rank() == 0:
@@ -127,6 +141,8 @@ def fit(
         WorkError: the workers failed.
     """
     quiet()
+    if "://" not in out:
+        out = str(Path(out).resolve())  # workers have working directories of their own
     filesystem, root = open_storage(out)
     claim_run(filesystem, root, asdict(plan))
     if not ray.is_initialized():
@@ -142,10 +158,16 @@ def fit(
     validation = ValidationConfig(
         fn=validate,
         task_config=ValidationTaskConfig(
-            fn_kwargs={"run": out, "data": plan.data, "images": validation_images, "threads": max(1, spare)}
+            fn_kwargs={
+                "run": out,
+                "data": plan.data,
+                "images": validation_images,
+                "threads": max(1, spare),
+                "select": select,
+            }
         ),
         # Where the workers have taken every CPU, a validation shares theirs instead of waiting for ever.
-        ray_remote_kwargs={"num_cpus": max(0, spare), "max_retries": 2},
+        ray_remote_kwargs={"num_cpus": min(1, max(0, spare)), "max_retries": 2},
     )
 
     trainer = TorchTrainer(
@@ -159,11 +181,7 @@ def fit(
             storage_path=root,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=RESTARTS),
-            checkpoint_config=CheckpointConfig(
-                num_to_keep=2,
-                checkpoint_score_attribute=select,
-                checkpoint_score_order="min" if select in LOWER_IS_BETTER else "max",
-            ),
+            checkpoint_config=CheckpointConfig(num_to_keep=2, checkpoint_score_attribute=SCORE if select else None),
         ),
         validation_config=validation,
     )

@@ -77,5 +77,5 @@ def scaled_rates(recipe: Recipe, batch_size: int) -> list[str]:
 
 def apply_recipe(arguments: argparse.Namespace) -> None:
     """Put the rates for ``--batch-size`` before the command line's own ``--set``."""
-    if arguments.recipe and arguments.batch_size:
+    if arguments.recipe and (arguments.batch_size or 0) > 0:
         arguments.set = [*scaled_rates(RECIPES[arguments.recipe], arguments.batch_size), *arguments.set]

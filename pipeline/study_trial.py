@@ -33,6 +33,9 @@ class _FolderReporter:
     def leaving(self) -> bool:
         return False
 
+    def ready(self) -> bool:
+        return False
+
     def checkpoint(
         self, write: Callable[[Path], None], row: dict[str, Any], *, final: bool, validate: bool = False
     ) -> None:

@@ -33,7 +33,9 @@ def parser() -> Parser:
         choices=sorted(RECIPES),
         help="the paper's own run: preset, network, weights, passes, size and geometry at once; other flags still count",
     )
-    p.add_argument("--data", required=True, metavar="DIR", help="image folder with train/<class>/*")
+    p.add_argument(
+        "--data", required=True, metavar="DIR", help="folder or URI with train/<class>/*, or with tar or Parquet shards"
+    )
     p.add_argument("--out", required=True, metavar="RUN", help="folder or URI of the run; RUN/bundle is the result")
     p.add_argument(
         "--init", default="resnet50", metavar="NAME", help="torchvision name, or timm:NAME (default resnet50)"

@@ -28,7 +28,7 @@ from pipeline.backbone import (
 from pipeline.batchnorm import SyncedBatchNorm2d, synchronise
 from pipeline.bundle import load_bundle, save_bundle
 from pipeline.clean_cache import CleanCache
-from pipeline.data.batches import TrainingBatches
+from pipeline.data.batches import TrainingBatches, block_order
 from pipeline.data.geometry import Geometry, fit
 from pipeline.data.images import Images
 from pipeline.fills import make_fill
@@ -41,6 +41,8 @@ from pipeline.spec import BackboneSpec, ModelSpec
 from pipeline.step import Batch, JointStep
 
 SAMPLES = 256
+NOTICE_SECONDS = 5.0
+"""Seconds between two looks at whether a machine is about to be taken away; Ray looks as often."""
 LOG_COLUMNS: tuple[str, ...] = (
     "step", "phase", "course", "seconds", "clean_loss", "clean_right", "masker_loss", "in_right", "out_right",
     "mask_mean", "hidden", "unit", "price", "waiting",
@@ -103,7 +105,11 @@ class Reporter(Protocol):
         ...
 
     def leaving(self) -> bool:
-        """Whether this worker has been told that its machine will be taken away."""
+        """Whether a machine of this run is about to be taken away; called by all workers at the same steps."""
+        ...
+
+    def ready(self) -> bool:
+        """Whether another validation may be asked for; rank 0's answer counts."""
         ...
 
     def checkpoint(
@@ -230,7 +236,7 @@ def train(plan: TrainingPlan, reporter: Reporter, *, resume: Path | None = None,
     )
     started = time.monotonic()
     # Times of the last checkpoint and validation, on the clock that all workers agree on.
-    saved = validated = spent
+    seconds = saved = validated = asked_leaving = spent
     warned = False
     row: dict[str, Any] = {"step": first, "course": _course(plan, first, spent)}
     stream = batches.iterate(first)
@@ -250,15 +256,20 @@ def train(plan: TrainingPlan, reporter: Reporter, *, resume: Path | None = None,
                 generator=torch.Generator(device).manual_seed(noise_seed(plan.seed, step, collective.rank())),
             )
             now = time.monotonic()
-            seconds, leaving = _agreed(spent + now - started, reporter.leaving())
+            ask = seconds - asked_leaving >= NOTICE_SECONDS
+            asked_leaving = seconds if ask else asked_leaving
+            seconds, leaving = _agreed(spent + now - started, ask and reporter.leaving())
             row = {"step": step + 1, "phase": phase, "course": _course(plan, step + 1, seconds), "seconds": seconds}
             row |= logs | {"waiting": waited / max(now - asked, 1e-9)}
             rows.append(row)
             reporter.progress(row)
             if row["course"] >= 1:
                 break
-            validate = phase == "joint" and plan.validate_seconds is not None
-            validate = validate and seconds - validated >= (plan.validate_seconds or 0)
+            validate = False
+            if phase == "joint" and plan.validate_seconds and seconds - validated >= plan.validate_seconds:
+                validate = _agreed(0.0, collective.rank() == 0 and reporter.ready())[1]
+                if not validate:  # the last one is still going on: look again a little later
+                    validated += plan.validate_seconds / 4
             # A machine that is about to go gets one checkpoint more, and the run goes on elsewhere from there.
             if seconds - saved >= plan.checkpoint_seconds or validate or (leaving and not warned):
                 saved, warned = seconds, warned or leaving
@@ -388,6 +399,7 @@ def complete_bundle(path: Path, plan: TrainingPlan, *, device: str = "cpu") -> N
     count = min(SAMPLES, len(plan.paths))
     chosen = np.sort(np.random.default_rng([plan.seed, 0x5A]).choice(len(plan.paths), count, replace=False))
     files = Images(plan.data)
+    chosen = chosen[block_order([plan.paths[k] for k in chosen])]
     images = np.stack([fit(files.image(plan.paths[k]), plan.input_size, plan.geometry)[0] for k in chosen])
     model, normalise = bundle.model.to(device), Normaliser(plan.mean, plan.std, device)
     masks = [model(normalise(images[k : k + 32]))[1][:, 0].float().cpu().numpy() for k in range(0, count, 32)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,17 +17,28 @@ from pipeline.data import store
 if TYPE_CHECKING:
     from ray.train import Checkpoint
 
-LOWER_IS_BETTER = ("LE", "OM", "SM")
+LOWER_IS_BETTER = ("LE", "OM")
 HIGHER_IS_BETTER = ("F1", "F1a", "PxAP", "MaxBoxAccV2", "mask_iou", "top1", "top5")
+NEED_BOXES = ("LE", "OM", "F1", "F1a", "MaxBoxAccV2")
+NEED_MASKS = ("PxAP", "mask_iou")
+SCORE, LEAST = "score", -1e9
+"""The figure by which Ray Train keeps checkpoints, higher for better ones, and that of a checkpoint without validation."""
 KEPT = (*LOWER_IS_BETTER, *HIGHER_IS_BETTER, "mask_mean", "mask_std", "entropy", "n_images")
 FOLDER = "validation"
 
 
-def validate(checkpoint: Checkpoint, *, run: str, data: str, images: int, threads: int) -> dict[str, float]:
+def validate(
+    checkpoint: Checkpoint, *, run: str, data: str, images: int, threads: int, select: str | None
+) -> dict[str, float]:
     """Figures of a checkpoint's bundle on ``images`` pictures of ``data``/val, always the same ones.
 
-    ``run``: the run's folder or URI, which gets a record and TensorBoard's events.
+    ``run``: the run's folder or URI, which gets a record and TensorBoard's events.  ``select``: the figure that `SCORE`
+    is made of.
     """
+    import ray
+
+    if not ray.get_gpu_ids():  # the GPUs of this machine belong to the workers
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import torch
 
     from pipeline.board import Board
@@ -40,12 +52,18 @@ def validate(checkpoint: Checkpoint, *, run: str, data: str, images: int, thread
     found = evaluate(bundle, data, limit=images, baselines=(), original="none", progress=False)
     figures = {name: float(found[name]) for name in KEPT if found.get(name) is not None}
     record = {"step": step, "seconds": bundle.spec.training["seconds"]} | figures
-    place = store.join(store.place_of(run), FOLDER, f"{step:08d}.json")
-    store.write_bytes(place, (json.dumps(record) + "\n").encode())
     board = Board(run, FOLDER)
     board.add(step, figures)
     board.close()
-    return figures
+    store.write_bytes(record_of(run, step), (json.dumps(record) + "\n").encode())
+    if select is None or select not in figures:
+        return figures
+    return figures | {SCORE: -figures[select] if select in LOWER_IS_BETTER else figures[select]}
+
+
+def record_of(run: str, step: int) -> str:
+    """Where the record of the validation after ``step`` steps is, once it has ended."""
+    return store.join(store.place_of(run), FOLDER, f"{step:08d}.json")
 
 
 def read_records(run: str) -> list[dict[str, Any]]:

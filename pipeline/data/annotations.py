@@ -128,7 +128,9 @@ class Annotations:
 
     def mask_path(self, path: str) -> Path | None:
         """Where the mask of an image would be; None where there can be none."""
-        return None if self.mask_folder is None else self.mask_folder / PurePosixPath(path).with_suffix(".png")
+        if self.mask_folder is None or path.startswith("/") or store.is_remote(path):
+            return None
+        return self.mask_folder / PurePosixPath(path).with_suffix(".png")
 
     def mask(self, path: str, size: tuple[int, int] | None = None) -> np.ndarray | None:
         """(H, W) uint8 mask of an image as in `read_mask`; None when it has none.  size: as in `boxes`."""

@@ -90,6 +90,12 @@ def block_numbers(paths: Sequence[str]) -> np.ndarray | None:
     return np.array([numbers.setdefault(key, len(numbers)) for key in keys])
 
 
+def block_order(paths: Sequence[str]) -> np.ndarray:
+    """Indices that bring paths of one block together, (n,), and leave all else in order."""
+    blocks = block_numbers(paths)
+    return np.arange(len(paths)) if blocks is None else np.argsort(blocks, kind="stable")
+
+
 class Loaded(NamedTuple):
     """This worker's share of a global batch."""
 

@@ -69,7 +69,7 @@ class Images:
             if match := _MEMBER.match(path):
                 return store.read_range(self._place(match["file"]), int(match["offset"]), int(match["size"]))
             return store.read_bytes(self._place(path))
-        except (store.ReadError, pa.ArrowException) as error:
+        except (store.ReadError, pa.ArrowException, OSError) as error:
             raise ImageError("unreadable", str(error)) from error
 
     def image(self, path: str) -> np.ndarray:

@@ -16,6 +16,7 @@ import json
 import tarfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -32,6 +33,8 @@ TAR, PARQUET = (".tar",), (".parquet", ".pq")
 LABELS = ("label", "class", "class_name", "cls", "target")
 """Columns, and keys of a JSON member, that hold the class, in order of preference."""
 THREADS = 8
+LOOKED_AT = 1000
+"""Files of a split's folder that are looked at for pictures of its own."""
 
 Member = tuple[str, str]
 """Path and class name of a picture."""
@@ -45,7 +48,16 @@ def shard_files(root: str, split: str) -> list[str]:
         for name in (store.name_of(entry.place) for entry in store.list_folder(root))
         if name.startswith((f"{split}-", f"{split}_", f"{split}."))
     ]
-    return [path for path in (*inside, *beside) if path.lower().endswith((*TAR, *PARQUET))]
+    found = [path for path in (*inside, *beside) if path.lower().endswith((*TAR, *PARQUET))]
+    return found if found and not _has_pictures(store.join(root, split)) else []
+
+
+def _has_pictures(folder: str) -> bool:
+    """Whether the folder of the split holds pictures: an archive that was left beside them is then no shard."""
+    try:
+        return any(is_image_name(entry.place) for entry in islice(store.walk(folder), LOOKED_AT))
+    except UsageError:  # no such folder
+        return False
 
 
 def read_shards(root: str, shards: Sequence[str]) -> list[Member]:
@@ -71,7 +83,7 @@ def _read(root: str, shard: str) -> list[Member]:
 
 
 def _tar(raw: Any, shard: str) -> list[Member]:
-    images: dict[str, str] = {}
+    images: dict[str, tuple[str, str]] = {}  # name of the member -> what it has in common with its companions, path
     classes: dict[str, str] = {}
     whole = raw.seek(0, io.SEEK_END)
     raw.seek(0)
@@ -85,15 +97,18 @@ def _tar(raw: Any, shard: str) -> list[Member]:
             if member.offset_data + member.size > whole:  # which seeking over it does not notice
                 raise tarfile.ReadError(f"it ends within {member.name}")
             if is_image_name(name):
-                images[key] = f"{shard}#{member.offset_data}+{member.size}"
+                images[member.name] = key, f"{shard}#{member.offset_data}+{member.size}"
             elif suffix in ("cls", "json"):
                 content = archive.extractfile(member)
                 text = content.read().decode("utf-8", "replace").strip() if content else ""
                 label = text if suffix == "cls" else _label_of(text)
                 if label:
                     classes[key] = label
+    plain = {key for name, (key, _) in images.items() if name.rpartition("/")[2].count(".") == 1}
     members = []
-    for key, path in images.items():
+    for name, (key, path) in images.items():
+        if key in plain and name.rpartition("/")[2].count(".") > 1:
+            continue  # 0001.mask.png belongs to 0001.jpg, and is no example of its own
         label = classes.get(key) or PurePosixPath(key).parent.name
         if not label:
             raise UsageError(f"{shard}: the picture {key.lstrip('/')} has no class; add a member {key.lstrip('/')}.cls")

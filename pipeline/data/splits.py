@@ -46,23 +46,10 @@ def read_split(
     """
     place = store.place_of(str(root))
     folder = store.join(place, split)
-    if shards := shard_files(place, split):
-        members: dict[str, list[str]] = {}
-        for path, name in read_shards(place, shards):
-            members.setdefault(name, []).append(path)
-        # numbered classes in the order of their numbers
-        found = sorted(members, key=int) if all(name.isdecimal() for name in members) else sorted(members)
-    elif store.is_remote(place):
-        members = _remote_members(place, split)
-        found = sorted(members)
-    else:
-        if not Path(folder).is_dir():
-            raise UsageError(
-                f"no folder {split}/ in {place}, and no shards {split}-*; labelled images are expected as "
-                f"{folder}/<class>/<image>"
-            )
-        found = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
-        members = {name: [f"{split}/{name}/{path}" for path in list_images(f"{folder}/{name}").paths] for name in found}
+    try:
+        found, members = _listed(place, split)
+    except store.ReadError as error:
+        raise UsageError(f"{folder} cannot be listed ({error}); check the address and its permissions") from error
     if not any(members.values()):
         raise UsageError(f"no images in {folder}; labelled images are expected as {folder}/<class>/<image>")
     if classes is None:
@@ -81,6 +68,34 @@ def read_split(
         paths += chosen
         labels += [label] * len(chosen)
     return Split(place, paths, labels, list(classes))
+
+
+def _listed(place: str, split: str) -> tuple[list[str], dict[str, list[str]]]:
+    """Classes in their order, and the paths of each."""
+    if shards := shard_files(place, split):
+        members: dict[str, list[str]] = {}
+        for path, name in read_shards(place, shards):
+            members.setdefault(name, []).append(path)
+        # numbered classes in the order of their numbers
+        found = sorted(members, key=int) if all(name.isdecimal() for name in members) else sorted(members)
+    elif store.is_remote(place):
+        members = _remote_members(place, split)
+        found = sorted(members)
+    else:
+        if not Path(place, split).is_dir():
+            raise UsageError(
+                f"no folder {split}/ in {place}, and no shards {split}-*; labelled images are expected as "
+                f"{place}/{split}/<class>/<image>"
+            )
+        found = sorted(
+            entry.name
+            for entry in os.scandir(store.join(place, split))
+            if entry.is_dir() and not entry.name.startswith(".")
+        )
+        members = {
+            name: [f"{split}/{name}/{path}" for path in list_images(f"{place}/{split}/{name}").paths] for name in found
+        }
+    return found, members
 
 
 def _remote_members(place: str, split: str) -> dict[str, list[str]]:

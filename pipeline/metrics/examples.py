@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.data.annotations import Annotations
+from pipeline.data.batches import block_order
 from pipeline.data.decode import ImageError
 from pipeline.data.geometry import View, box_to_input, fit
 from pipeline.data.images import Images
@@ -84,6 +85,7 @@ class Examples:
         chosen = np.arange(len(listed.paths))
         if limit is not None and limit < len(chosen):
             chosen = np.sort(np.random.default_rng(seed).choice(chosen, limit, replace=False))
+        chosen = chosen[block_order([listed.paths[index] for index in chosen])]
         self.images = Images(listed.root)
         self.paths = [listed.paths[index] for index in chosen]
         self.labels = np.array([listed.labels[index] for index in chosen])

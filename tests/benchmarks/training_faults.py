@@ -90,7 +90,10 @@ def start(flags: argparse.Namespace, data: Path, out: Path, nodes: Nodes) -> sub
 
 
 def disturb(flags: argparse.Namespace, data: Path, out: Path, nodes: Nodes) -> tuple[list[tuple[int, str]], int]:
-    """Run until the end, killing something at random moments; returns (step of the newest checkpoint, what happened)."""
+    """Run until the end, killing something at random moments.
+
+    Returns what happened, each time with the step of the newest checkpoint, and how often the command was started.
+    """
     chance = random.Random(flags.seed)
     events: list[tuple[int, str]] = []
     starts = 0
@@ -126,6 +129,8 @@ def disturb(flags: argparse.Namespace, data: Path, out: Path, nodes: Nodes) -> t
             print(f"{len(events)}: {events[-1][1]} at step {step}", file=sys.stderr, flush=True)
         if job.returncode == 0:
             return events, starts
+        if job.returncode == 2:
+            raise RuntimeError("the command was refused; see its message above")
         time.sleep(1)
 
 

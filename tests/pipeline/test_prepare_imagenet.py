@@ -121,3 +121,18 @@ def test_what_is_wrong_is_said(ilsvrc: Path, tmp_path: Path) -> None:
     xml.write_text(xml.with_name("ILSVRC2012_val_00000002.xml").read_text())
     with pytest.raises(UsageError, match="give a folder that can be written"):
         main([str(ilsvrc), "--out", str(blocked)])
+
+
+def test_nothing_of_the_source_and_of_another_split_is_touched(ilsvrc: Path, tmp_path: Path) -> None:
+    before = {path: path.read_bytes() for path in ilsvrc.rglob("*.JPEG")}
+    with pytest.raises(UsageError, match="which is only read; give a new folder beside it"):
+        main([str(ilsvrc), "--out", str(ilsvrc / "Data" / "CLS-LOC")])
+    main([str(ilsvrc), "--out", str(tmp_path / "out")])
+    with pytest.raises(UsageError, match="none of this split's links; give a new folder"):
+        main([str(ilsvrc), "--out", str(tmp_path / "out"), "--split", "train-validation"])
+    copy = tmp_path / "copy" / "train" / WNIDS[0] / f"{WNIDS[0]}_0.JPEG"
+    picture(copy)
+    with pytest.raises(UsageError, match="none of this split's links"):
+        main([str(ilsvrc), "--out", str(tmp_path / "copy")])
+    assert copy.is_file() and not copy.is_symlink()
+    assert before == {path: path.read_bytes() for path in ilsvrc.rglob("*.JPEG") if not path.is_symlink()}

@@ -76,7 +76,7 @@ def test_best_and_worst_are_in_order(evaluation: Evaluation) -> None:
 
 
 def test_without_truth_the_page_shows_what_is_known(evaluation: Evaluation, tmp_path: Path) -> None:
-    shutil.copytree(evaluation.examples.root / "val", tmp_path / "val")
+    shutil.copytree(Path(evaluation.examples.images.root) / "val", tmp_path / "val")
     blind = run_evaluation(untrained_bundle(Path("untrained")), tmp_path, progress=False)
     write_report(blind, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -90,7 +90,9 @@ def test_names_are_escaped(evaluation: Evaluation, tmp_path: Path) -> None:
     names = [f"<b>{name}" for name in spec.class_names]
     bundle = untrained_bundle(Path("untrained"))
     object.__setattr__(bundle, "spec", spec.model_copy(update={"class_names": names}))
-    write_report(run_evaluation(bundle, evaluation.examples.root, limit=3, progress=False), tmp_path / "report.html")
+    write_report(
+        run_evaluation(bundle, Path(evaluation.examples.images.root), limit=3, progress=False), tmp_path / "report.html"
+    )
     parsed((tmp_path / "report.html").read_text(encoding="utf-8"))
 
 

@@ -36,6 +36,9 @@ class _Keep:
     def leaving(self) -> bool:
         return False
 
+    def ready(self) -> bool:
+        return False
+
     def checkpoint(self, write, row: dict, *, final: bool, validate: bool = False) -> None:
         if final:
             write(self.folder)

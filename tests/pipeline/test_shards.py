@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -206,3 +207,27 @@ def test_damage_is_named(folder: Path, tmp_path: Path) -> None:
     pq.write_table(pa.table({"label": [1], "x": [1.0]}), tmp_path / "p" / "train.parquet")
     with pytest.raises(UsageError, match=r"has no column of pictures or URIs among label, x"):
         read_split(tmp_path / "p", "train")
+
+
+def test_an_archive_beside_the_pictures_is_no_shard(folder: Path, tmp_path: Path) -> None:
+    split = read_split(folder, "train")
+    root = tmp_path / "root"
+    shutil.copytree(folder, root)
+    with tarfile.open(root / "train.tar", "w") as archive:
+        add(archive, "other/1.png", b"x")
+    assert read_split(root, "train").paths == split.paths
+
+
+def test_names_with_dots(folder: Path, tmp_path: Path) -> None:
+    """Companions of a picture are no pictures, and pictures whose names have dots are not each other's companions."""
+    data = (folder / read_split(folder, "train").paths[0]).read_bytes()
+    with tarfile.open(tmp_path / "train.tar", "w") as archive:
+        for name in ("cat/2021.06.01.png", "cat/2021.07.02.png", "dog/1.png", "dog/1.mask.png"):
+            add(archive, name, data)
+    found = read_split(tmp_path, "train")
+    assert (found.classes, found.labels) == (["cat", "dog"], [0, 0, 1])
+
+
+def test_a_bucket_that_is_not_there(bucket: str) -> None:
+    with pytest.raises(UsageError, match="s3://nowhere/set/train cannot be listed"):
+        read_split("s3://nowhere/set", "train")

@@ -133,6 +133,28 @@ def test_wrong_use_is_one_line_and_status_2(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.timeout(900)
+def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    arguments = ["--preset", "ca", "--data", str(data), "--out", str(out), *SMALL, "--checkpoint-every", "1s"]
+    command = [sys.executable, "-m", "pipeline.train", *arguments, "--steps", "100000"]
+    run = subprocess.Popen(command, env=ENVIRONMENT, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 300
+    while not list(out.glob("checkpoints/checkpoint_*/log.csv")):
+        assert run.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
+    time.sleep(1)
+    os.killpg(run.pid, signal.SIGINT)  # as a terminal does
+    _, stderr = run.communicate(timeout=120)
+    assert run.returncode == 130 and "Traceback" not in stderr, stderr[-3000:]
+    saved = max(len(log.read_text().splitlines()) - 1 for log in out.glob("checkpoints/checkpoint_*/log.csv"))
+    again = train(*arguments, "--steps", saved + 3)
+    assert again.returncode == 0, again.stderr[-2000:]
+    with (out / "log.csv").open() as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file)]
+    assert steps == list(range(1, saved + 4))
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -44,7 +44,7 @@ def test_the_best_checkpoint_becomes_the_bundle(tmp_path: Path) -> None:
     write_planted(data, seed=0, size=48, per_class_train=4, per_class_val=2)
     command = [sys.executable, "-m", "pipeline.train", "--data", str(data), "--out", str(out), "--init", "resnet18"]
     command += ["--image-size", "48", "--batch-size", "8", "--steps", "60", "--set", "pretraining=0.2"]
-    command += ["--validate-every", "3s", "--validation-images", "16", "--select", "LE"]
+    command += ["--validate-every", "0.2s", "--checkpoint-every", "0.5s", "--validation-images", "16", "--select", "LE"]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
