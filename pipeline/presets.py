@@ -46,7 +46,7 @@ class Optimisation:
     classifier_method: Literal["adam", "sgd"] = "adam"
     """The classifier's optimiser.  The paper's is SGD; Adam's steps do not depend on how a network
     spreads its scale over its layers, which differs widely between sources (folded BatchNorm, say)."""
-    classifier_rate: float = 2e-5
+    classifier_rate: float = 5e-6
     """Its learning rate where the classifier brings its weights: low, for one that learns fast reads the class out of
     what every mask leaves."""
     scratch_rate: float = 1e-3
@@ -181,8 +181,8 @@ PRESETS: dict[str, Preset] = {
             population=PopulationConfig(probability=0.5, save_every=50, size=10),
             pretraining=0.3,
             # A classifier that learns along reads more out of what a mask leaves, so that less can be asked of the mask.
-            # Its answers also range over the classes of the data alone, so that the unit of rule 1 shrinks and the floor rises.
-            price=AreaPriceConfig(target=0.6, initial=5.0, lowest=5.0),
+            # Its answers come to range over the classes of the data alone: the unit of rule 1 shrinks, and the floor rises.
+            price=AreaPriceConfig(target=0.7, initial=2.5, lowest=2.5),
         ),
         Preset(
             name="fix",

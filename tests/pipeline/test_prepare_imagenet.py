@@ -108,7 +108,7 @@ def test_boxes_follow_the_file_and_not_a_wrong_size(
 
 def test_what_is_wrong_is_said(ilsvrc: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="give the folder that holds Data/CLS-LOC"):
-        main([str(tmp_path), "--out", str(tmp_path / "out")])
+        main([str(ilsvrc / "Data"), "--out", str(tmp_path / "out")])
     xml = ilsvrc / "Annotations" / "CLS-LOC" / "val" / "ILSVRC2012_val_00000001.xml"
     xml.write_text("<annotation><size><width>x</width>")
     with pytest.raises(UsageError, match=r"00000001\.xml is not an annotation"):

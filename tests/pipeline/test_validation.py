@@ -43,14 +43,14 @@ def test_the_best_checkpoint_becomes_the_bundle(tmp_path: Path) -> None:
     data, out = tmp_path / "data", tmp_path / "run"
     write_planted(data, seed=0, size=48, per_class_train=4, per_class_val=2)
     command = [sys.executable, "-m", "pipeline.train", "--data", str(data), "--out", str(out), "--init", "resnet18"]
-    command += ["--image-size", "48", "--batch-size", "8", "--steps", "60", "--set", "pretraining=0.2"]
-    command += ["--validate-every", "0.2s", "--checkpoint-every", "0.5s", "--validation-images", "16", "--select", "LE"]
+    command += ["--image-size", "48", "--batch-size", "8", "--steps", "32", "--set", "pretraining=0.2"]
+    command += ["--validate-every", "1s", "--checkpoint-every", "1s", "--validation-images", "16", "--select", "LE"]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
     with (out / "validation.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) >= 2 and int(rows[-1]["step"]) == 60
+    assert len(rows) >= 2 and int(rows[-1]["step"]) == 32
     assert all(0 <= float(row["LE"]) <= 1 and row["n_images"] == "16.0" for row in rows)
     best = min(float(row["LE"]) for row in rows)
     assert f"chosen by LE: {best:.4f}" in done.stdout
@@ -62,7 +62,7 @@ def test_the_best_checkpoint_becomes_the_bundle(tmp_path: Path) -> None:
     assert again["LE"] == pytest.approx(best)
 
     seen = scalars(out / "tensorboard" / "train")
-    assert seen["train/clean_loss"] == list(range(1, 61)) and seen["train/mask_mean"][-1] == 60
+    assert seen["train/clean_loss"] == list(range(1, 33)) and seen["train/mask_mean"][-1] == 32
     assert sorted(scalars(out / "tensorboard" / "validation")["LE"]) == sorted(int(row["step"]) for row in rows)
 
 
