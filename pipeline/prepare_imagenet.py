@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows: list[list[str | int | float]] = []
         turned = 0
         with ThreadPoolExecutor() as pool:
-            done = pool.map(lambda pair: place(*pair, out), pictures)
+            done = pool.map(lambda pair: place(pair[0], pair[1], out), pictures)
             for found in tqdm(done, total=len(pictures), desc="prepare", unit="image"):
                 turned += found is None
                 rows += found or []

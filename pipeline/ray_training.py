@@ -156,7 +156,7 @@ def fit(
     fields = asdict(plan) | {"threads": cpus, "run": out}
     spare = int(resources.get("CPU", 1)) - most * cpus
     validation = ValidationConfig(
-        fn=validate,
+        fn=validate,  # pyright: ignore[reportArgumentType]  it gets the arguments below and no others
         task_config=ValidationTaskConfig(
             fn_kwargs={
                 "run": out,
