@@ -26,6 +26,7 @@ class CleanCache:
         """``views``: number of different pictures that can be asked for."""
         self.views = views
         self.open = True
+        self._format = torch.contiguous_format
         self._kept: dict[int, tuple[Tensor, dict[int, Tensor]]] = {}
 
     def find(self, keys: Sequence[int]) -> tuple[Tensor, dict[int, Tensor]] | None:
@@ -37,10 +38,7 @@ class CleanCache:
         layers = known[0][1]
         logits = torch.stack([one for one, _ in known])
         maps = {layer: torch.stack([features[layer] for _, features in known]) for layer in layers}
-        return logits, {
-            layer: value.contiguous(memory_format=torch.channels_last) if value.ndim == 4 else value
-            for layer, value in maps.items()
-        }
+        return logits, {layer: value.contiguous(memory_format=self._format) for layer, value in maps.items()}
 
     def keep(self, keys: Sequence[int], logits: Tensor, features: dict[int, Tensor]) -> None:
         """Remember what was computed, unless all views would take more than `MOST_BYTES`."""
@@ -48,6 +46,9 @@ class CleanCache:
         if self.open and one * self.views > MOST_BYTES:
             self.open = False
         if self.open:
+            # The order in memory decides in which order sums are taken, and so the last digits.
+            last = all(value.is_contiguous(memory_format=torch.channels_last) for value in features.values())
+            self._format = torch.channels_last if last else torch.contiguous_format
             for row, key in enumerate(keys):
                 if key not in self._kept:
                     maps = {layer: value[row].detach().clone() for layer, value in features.items()}

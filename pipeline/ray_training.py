@@ -8,8 +8,10 @@ import json
 import logging
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -186,7 +188,7 @@ def fit(
         validation_config=validation,
     )
     try:
-        result = trainer.fit()
+        result = run_to_end(trainer)
     except Exception as error:
         raise WorkError(
             f"training failed: {root_cause(error)}; the same command goes on from the last checkpoint"
@@ -202,6 +204,22 @@ def fit(
         _upload(Path(folder) / "log.csv", filesystem, f"{root}/log.csv")
     collect(out)
     return f"{out.rstrip('/')}/bundle"
+
+
+def run_to_end(trainer: TorchTrainer) -> ray.train.Result:
+    """``trainer.fit()``, which Ctrl-C interrupts as it does any program: in a thread, for in the main one Ray takes the signal
+    for itself and ends the process with a status that says nothing.  The last checkpoint is in the run's storage.
+    """
+    outcome: Future[ray.train.Result] = Future()
+
+    def work() -> None:
+        try:
+            outcome.set_result(trainer.fit())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return outcome.result()
 
 
 def best_of(found: Sequence[tuple[Checkpoint, dict[str, Any]]], select: str, out: str) -> Checkpoint:

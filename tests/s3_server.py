@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from s3fs import S3FileSystem
+
 
 class Faults:
     """What the server does to the requests of objects, in order: every ``every``-th one fails in one way or another."""
@@ -66,8 +68,10 @@ def s3_server(faults: Faults | None = None) -> Iterator[dict[str, str]]:
     }
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
+    S3FileSystem.clear_instance_cache()  # fsspec keeps clients, and these know another server's address
     yield settings
     server.shutdown()
+    S3FileSystem.clear_instance_cache()
     for name, value in before.items():
         if value is None:
             del os.environ[name]

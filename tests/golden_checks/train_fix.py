@@ -100,7 +100,7 @@ def check(golden: GoldenFile) -> None:
 
 def _check_logs(step: JointStep, batch: Batch, recorded: dict[str, Any], s: int) -> None:
     """The recorded numbers of one step, from the product's operators, criteria and metrics."""
-    x, labels, _ = batch
+    x, labels = batch.images, batch.labels
     model = step.model.train()
     with torch.no_grad():
         clean, native = model(x)
