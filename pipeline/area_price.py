@@ -33,6 +33,9 @@ class AreaPriceConfig:
     smallest_area: float = 0.04
     """Under this mean area the price falls whatever the uncertainty says, below `lowest` too: such masks are on their
     way to nothing."""
+    smallest_sufficiency: float = 0.4
+    """Under this share of `sufficiency`'s kind the price falls below `lowest` too: a weak classifier is unsure of whole
+    pictures already, so that hiding gains little, and any fixed floor would buy masks that show nothing."""
 
     def __post_init__(self) -> None:
         if self.rule not in ("fixed", "entropy", "area"):
@@ -61,8 +64,11 @@ def next_price(
     else:
         misfit = mean_area - config.target
     floor = config.lowest
+    insufficient = config.rule == "entropy" and sufficiency is not None and sufficiency < config.smallest_sufficiency
     if mean_area < config.smallest_area:
         misfit, floor = -1.0, RESCUE
+    elif insufficient:
+        floor = RESCUE  # `misfit` is negative already, by as much as is missing
     elif price < config.lowest:  # back to where it may be, step by step
         misfit, floor = 1.0, RESCUE
     moved = math.log(price) + config.speed * misfit
