@@ -69,7 +69,7 @@ def next_price(
         misfit, floor = -1.0, RESCUE
     elif insufficient:
         floor = RESCUE  # `misfit` is negative already, by as much as is missing
-    elif price < config.lowest:  # back to where it may be, step by step
-        misfit, floor = 1.0, RESCUE
+    elif price < config.lowest:  # back to where it may be, as fast as the masks can afford
+        misfit, floor = 1.0 if sufficiency is None else min(1.0, sufficiency - config.smallest_sufficiency), RESCUE
     moved = math.log(price) + config.speed * misfit
     return min(max(math.exp(moved), floor), config.highest)
