@@ -34,8 +34,8 @@ class AreaPriceConfig:
     """Under this mean area the price falls whatever the uncertainty says, below `lowest` too: such masks are on their
     way to nothing."""
     smallest_sufficiency: float = 0.4
-    """Under this share of `sufficiency`'s kind the price falls below `lowest` too: a weak classifier is unsure of whole
-    pictures already, so that hiding gains little, and any fixed floor would buy masks that show nothing."""
+    """While a smaller share than this of the pictures recognised whole is recognised masked-in, the price falls below `lowest` too: a weak classifier is unsure of whole
+    pictures already, so that hiding gains little, and a fixed floor would only buy smaller and smaller masks."""
 
     def __post_init__(self) -> None:
         if self.rule not in ("fixed", "entropy", "area"):
@@ -64,12 +64,14 @@ def next_price(
     else:
         misfit = mean_area - config.target
     floor = config.lowest
-    insufficient = config.rule == "entropy" and sufficiency is not None and sufficiency < config.smallest_sufficiency
+    spare = 1.0  # how much more is shown than has to be
+    if config.rule == "entropy" and sufficiency is not None:
+        spare = sufficiency - config.smallest_sufficiency
     if mean_area < config.smallest_area:
         misfit, floor = -1.0, RESCUE
-    elif insufficient:
-        floor = RESCUE  # `misfit` is negative already, by as much as is missing
+    elif spare < 0:
+        misfit, floor = min(misfit, spare), RESCUE
     elif price < config.lowest:  # back to where it may be, as fast as the masks can afford
-        misfit, floor = 1.0 if sufficiency is None else min(1.0, sufficiency - config.smallest_sufficiency), RESCUE
+        misfit, floor = spare, RESCUE
     moved = math.log(price) + config.speed * misfit
     return min(max(math.exp(moved), floor), config.highest)
