@@ -34,8 +34,9 @@ class AreaPriceConfig:
     """Under this mean area the price falls whatever the uncertainty says, below `lowest` too: such masks are on their
     way to nothing."""
     smallest_sufficiency: float = 0.4
-    """While a smaller share than this of the pictures recognised whole is recognised masked-in, the price falls below `lowest` too: a weak classifier is unsure of whole
-    pictures already, so that hiding gains little, and a fixed floor would only buy smaller and smaller masks."""
+    """While a smaller share than this of the pictures recognised whole is recognised masked-in, the price falls below
+    `lowest` too: a weak classifier is unsure of whole pictures already, so that hiding gains little, and a fixed floor
+    would only buy smaller and smaller masks."""
 
     def __post_init__(self) -> None:
         if self.rule not in ("fixed", "entropy", "area"):
