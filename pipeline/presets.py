@@ -13,8 +13,8 @@ their place, so that one preset holds from 10 classes to 1000, from 64 to 224 pi
    keep more than a stated share of that uncertainty and the masked-in ones are recognised, and falls otherwise, but not
    below a floor (2 for a frozen classifier: the published weight in the units of rule 1).  The masks become the
    smallest that still hide the evidence and still show enough of it; their size is found from the data instead of
-   being set.  The floor gives way while fewer than 40 % of the recognised pictures are still recognised masked-in, as
-   happens with a weak classifier, which hiding makes hardly less sure.
+   being set.  The floor gives way while too few of the recognised pictures are still recognised masked-in, as happens
+   with a weak classifier, which hiding makes hardly less sure.
 3. *Length.*  TV sums over pixels, so a contour of the same shape costs twice as much at twice the resolution; its
    weight is scaled by 224 / input size.
 4. *Nothing.*  A classifier that learns along has to answer masked pictures, and among few classes it soon takes one of
@@ -183,7 +183,7 @@ PRESETS: dict[str, Preset] = {
             pretraining=0.3,
             # A classifier that learns along reads more out of what a mask leaves, so that less can be asked of the mask.
             # Its answers come to range over the classes of the data alone: the unit of rule 1 shrinks, and the floor rises.
-            price=AreaPriceConfig(target=0.7, initial=2.5, lowest=2.5),
+            price=AreaPriceConfig(target=0.7, initial=2.5, lowest=2.5, smallest_sufficiency=0.65),
         ),
         Preset(
             name="fix",
