@@ -74,5 +74,6 @@ def next_price(
         misfit, floor = min(misfit, spare), RESCUE
     elif price < config.lowest:  # back to where it may be, as fast as the masks can afford
         misfit, floor = spare, RESCUE
-    moved = math.log(price) + config.speed * misfit
+    # Both shares are ratios, and boundless in a step in which hardly any picture is recognised whole.
+    moved = math.log(price) + config.speed * max(-1.0, min(1.0, misfit))
     return min(max(math.exp(moved), floor), config.highest)

@@ -206,6 +206,9 @@ def test_the_price_holds_what_it_is_told_to_hold() -> None:
     assert moved(0.99, 0.3, 0.5, config.lowest) < config.lowest, "... or to show more, when too little is recognised"
     assert 1.0 < moved(0.1, 0.6, 0.5, 1.0) < moved(0.1, 1.0, 0.5, 1.0) < config.lowest, "and from there it climbs"
     assert 1.0 < moved(0.1, None, 0.5, 1.0) < config.lowest
+    assert moved(1e6, 1e6, 0.5, 1.0) == moved(2.0, 2.0, 0.5, 1.0), (
+        "a step with no picture recognised is one step like others"
+    )
     assert moved(0.9, 0.5, 0.5, rule="fixed") == 4.0
     assert moved(1.0, 1.0, 1.0, config.highest) == config.highest
     assert moved(0.0, 0.0, 0.5, rule="area", target=0.3) > 4.0
