@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import shutil
 import sys
 import tempfile
@@ -19,15 +20,21 @@ BETWEEN = 600.0
 class Board:
     """Writes scalars to ``RUN/tensorboard/<name>``; objects of a store are written whole at each `flush`."""
 
-    def __init__(self, run: str, name: str, *, first_step: int = 0) -> None:
-        """``first_step``: where a resumed run goes on; what an earlier process wrote beyond it is hidden."""
+    def __init__(self, run: str, name: str, *, first_step: int | None = None) -> None:
+        """``first_step``: where a run goes on; what an earlier process wrote beyond it is hidden.  None hides nothing."""
         from tensorboardX import SummaryWriter
 
         place = store.join(store.place_of(run), "tensorboard", name)
         self.remote = place if store.is_remote(place) else None
         self.folder = Path(tempfile.mkdtemp()) if self.remote else Path(place)
         self.sent = time.monotonic()
-        self.writer = SummaryWriter(str(self.folder), purge_step=first_step + 1, flush_secs=30)
+        self.writer = SummaryWriter(
+            str(self.folder),
+            purge_step=None if first_step is None else first_step + 1,
+            # The library's names tell whole seconds only, and two writers of one second would share a file.
+            filename_suffix=f".{secrets.token_hex(4)}",
+            flush_secs=30,
+        )
 
     def add(self, step: int, numbers: Mapping[str, object]) -> None:
         """Scalars of ``step``; whatever is no number is left out."""

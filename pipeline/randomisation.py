@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from pipeline.errors import UsageError
 from pipeline.metrics.masks import upsample_nearest
 from pipeline.metrics.similarity import similarities
 from pipeline.model import SaliencyModel
+from pipeline.reporting import FolderReporter
 from pipeline.sanity_layers import randomisable_modules
 from pipeline.training import TrainingPlan, train
 
@@ -159,28 +160,6 @@ def _retrain(bundle: Bundle, model: SaliencyModel, data: str, steps: int, seed: 
 
 
 def _trained(plan: TrainingPlan, folder: Path) -> SaliencyModel:
-    folder.mkdir(parents=True, exist_ok=True)
-    train(plan, _Last(folder))
-    return load_bundle(folder / "bundle").model
-
-
-class _Last:
-    """Keeps what the run ends with."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def progress(self, row: dict[str, object]) -> None:
-        """Nothing to show."""
-
-    def leaving(self) -> bool:
-        return False
-
-    def ready(self) -> bool:
-        return False
-
-    def checkpoint(
-        self, write: Callable[[Path], None], row: dict[str, object], *, final: bool, validate: bool = False
-    ) -> None:
-        if final:
-            write(self.folder)
+    state = folder / "state"
+    train(plan, FolderReporter(state))
+    return load_bundle(state / "bundle").model

@@ -24,6 +24,7 @@ from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, Sc
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.validation_config import ValidationConfig, ValidationTaskConfig
 
+from pipeline import failures
 from pipeline.board import Board
 from pipeline.bundle import SAMPLES_FILE
 from pipeline.data import store
@@ -120,8 +121,14 @@ def worker(config: dict[str, Any]) -> None:
             done = max(state["step"] / plan.steps, state["seconds"] / plan.budget if plan.budget else 0.0)
             if done >= 1 and (folder / "bundle").is_dir():
                 return
+        if failures.lasting(run, first):
+            return
         reporter = RayReporter(plan, run, first_course=done, first_step=first)
-        training.train(plan, reporter, resume=folder, device=device)
+        try:
+            training.train(plan, reporter, resume=folder, device=device)
+        except Exception as error:
+            failures.record(run, ray.train.get_context().get_world_rank(), first, error)
+            raise
 
 
 def fit(
@@ -147,6 +154,7 @@ def fit(
         out = str(Path(out).resolve())  # workers have working directories of their own
     filesystem, root = open_storage(out)
     claim_run(filesystem, root, asdict(plan))
+    failures.forget(out)
     if not ray.is_initialized():
         join_cluster()
     resources = ray.cluster_resources()
@@ -193,6 +201,12 @@ def fit(
         raise WorkError(
             f"training failed: {root_cause(error)}; the same command goes on from the last checkpoint"
         ) from error
+    failure = failures.lasting(out, last_step(result))
+    if failure is not None:
+        raise WorkError(
+            f"training in {out} failed {failure.count} times after step {failure.step}: {failure.error}; mend it, and the "
+            "same command goes on from there"
+        )
     if result.checkpoint is None:
         raise WorkError(f"training in {out} ended without a checkpoint; see the workers' messages above")
     chosen = result.checkpoint if select is None else best_of(result.best_checkpoints or [], select, out)
@@ -220,6 +234,11 @@ def run_to_end(trainer: TorchTrainer) -> ray.train.Result:
 
     threading.Thread(target=work, daemon=True).start()
     return outcome.result()
+
+
+def last_step(result: ray.train.Result) -> int:
+    """The step of the last checkpoint; 0 before the first."""
+    return int((result.metrics or {}).get("step", 0)) if result.checkpoint is not None else 0
 
 
 def best_of(found: Sequence[tuple[Checkpoint, dict[str, Any]]], select: str, out: str) -> Checkpoint:

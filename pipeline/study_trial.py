@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,41 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipeline.reporting import FolderReporter
 from pipeline.study_rows import Row
 
 KEPT = ("LE", "OM", "F1", "SM", "PxAP", "MaxBoxAccV2", "mask_iou", "mask_mean", "mask_std", "entropy", "top1", "top5")
 """Figures of `metrics.json` that a record keeps."""
 COMPARED_IMAGES = 200
 """Validation images on which the classifier before and after is compared."""
-
-
-class _FolderReporter:
-    """Keeps the newest checkpoint in a folder, whole or not at all, and tells how far the run is."""
-
-    def __init__(self, folder: Path, tell: Callable[[dict[str, Any]], None]) -> None:
-        self.folder, self.tell = folder, tell
-
-    def progress(self, row: dict[str, Any]) -> None:
-        self.tell(row)
-
-    def leaving(self) -> bool:
-        return False
-
-    def ready(self) -> bool:
-        return False
-
-    def checkpoint(
-        self, write: Callable[[Path], None], row: dict[str, Any], *, final: bool, validate: bool = False
-    ) -> None:
-        partial, old = self.folder.with_suffix(".partial"), self.folder.with_suffix(".old")
-        for leftover in (partial, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        partial.mkdir(parents=True)
-        write(partial)
-        if self.folder.exists():
-            self.folder.rename(old)
-        partial.rename(self.folder)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def run_trial(
@@ -80,7 +51,7 @@ def run_trial(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     resume = state if (state / "state.pt").is_file() else None
     if resume is None or not (state / "bundle").is_dir():
-        training.train(plan, _FolderReporter(state, tell), resume=resume, device=device)
+        training.train(plan, FolderReporter(state, tell), resume=resume, device=device)
     metrics = evaluate(state / "bundle", plan.data, baselines=(), original="none", progress=False)
     record: dict[str, Any] = {
         "row": row.name,

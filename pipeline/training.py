@@ -6,10 +6,9 @@ import csv
 import os
 import platform
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,6 +35,7 @@ from pipeline.mask_statistics import mask_statistics, summarise
 from pipeline.masker import default_mask_size
 from pipeline.model import SaliencyModel, build_masker
 from pipeline.population import Population
+from pipeline.reporting import Reporter
 from pipeline.settings import configure, describe
 from pipeline.spec import BackboneSpec, ModelSpec
 from pipeline.step import Batch, JointStep
@@ -95,31 +95,6 @@ class TrainingPlan:
         """A plan from its fields as they come out of JSON or Ray, where tuples may have become lists."""
         plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
         return cls(**plain)
-
-
-class Reporter(Protocol):
-    """What the loop tells the outside."""
-
-    def progress(self, row: dict[str, Any]) -> None:
-        """Called on every worker after each step."""
-        ...
-
-    def leaving(self) -> bool:
-        """Whether a machine of this run is about to be taken away; called by all workers at the same steps."""
-        ...
-
-    def ready(self) -> bool:
-        """Whether another validation may be asked for; rank 0's answer counts."""
-        ...
-
-    def checkpoint(
-        self, write: Callable[[Path], None], row: dict[str, Any], *, final: bool, validate: bool = False
-    ) -> None:
-        """Called on every worker; rank 0 is to call ``write`` with an empty folder to fill.
-
-        ``validate``: the folder will hold a `bundle`, which is to be judged while the training goes on.
-        """
-        ...
 
 
 def build(plan: TrainingPlan) -> tuple[SaliencyModel, ModelSpec, bool]:

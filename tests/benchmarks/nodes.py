@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import random
+import secrets
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+
+
+def run_measured(
+    flags: argparse.Namespace, measure: Callable[[argparse.Namespace, Path], dict[str, Any]]
+) -> dict[str, Any]:
+    """``measure(flags, folder)`` in a folder of its own, with a token for its cluster; shown, and written to ``flags.out``."""
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_worker_niceness": "0"}
+    os.environ["RAY_BACKEND_LOG_LEVEL"] = "error"
+    with TemporaryDirectory() as folder:
+        result = measure(flags, Path(folder))
+    text = json.dumps(result, indent=1) + "\n"
+    print(text, end="")
+    if flags.out:
+        flags.out.write_text(text)
+    return result
 
 
 class Nodes:

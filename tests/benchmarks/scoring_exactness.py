@@ -11,10 +11,8 @@ Needs 2 CPUs and about 4 GB; takes 10 to 60 minutes with a small engine.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
-import secrets
 import shutil
 import signal
 import subprocess
@@ -22,13 +20,12 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow.parquet as pq
 
 from pipeline.data.listing import list_images
-from tests.benchmarks.nodes import Nodes
+from tests.benchmarks.nodes import Nodes, run_measured
 
 
 def main() -> None:
@@ -40,14 +37,7 @@ def main() -> None:
     parser.add_argument("--shard-size", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
-    flags = parser.parse_args()
-    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_worker_niceness": "0"}
-    os.environ["RAY_BACKEND_LOG_LEVEL"] = "error"
-    with TemporaryDirectory() as folder:
-        result = measure(flags, Path(folder))
-    print(json.dumps(result, indent=1))
-    if flags.out:
-        flags.out.write_text(json.dumps(result, indent=1))
+    result = run_measured(parser.parse_args(), measure)
     sys.exit(0 if result["equal_bytes"] and result["one_row_each"] else 1)
 
 

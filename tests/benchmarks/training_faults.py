@@ -12,24 +12,21 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import os
 import random
-import secrets
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
 from pipeline.bundle import load_bundle
 from pipeline.data.planted import write_planted
-from tests.benchmarks.nodes import Nodes
+from tests.benchmarks.nodes import Nodes, run_measured
 
 
 def main() -> None:
@@ -39,14 +36,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--out", type=Path)
-    flags = parser.parse_args()
-    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_worker_niceness": "0"}
-    os.environ["RAY_BACKEND_LOG_LEVEL"] = "error"
-    with TemporaryDirectory() as folder:
-        result = measure(flags, Path(folder))
-    print(json.dumps(result, indent=1))
-    if flags.out:
-        flags.out.write_text(json.dumps(result, indent=1) + "\n")
+    result = run_measured(parser.parse_args(), measure)
     sys.exit(0 if result["every_step_once"] and result["events"] else 1)
 
 

@@ -24,24 +24,8 @@ from pipeline.randomisation import (
     retrained_masker,
     stages,
 )
+from pipeline.reporting import FolderReporter
 from pipeline.training import Normaliser, TrainingPlan, train
-
-
-class _Keep:
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def progress(self, row: dict) -> None: ...
-
-    def leaving(self) -> bool:
-        return False
-
-    def ready(self) -> bool:
-        return False
-
-    def checkpoint(self, write, row: dict, *, final: bool, validate: bool = False) -> None:
-        if final:
-            write(self.folder)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +52,7 @@ def bundle(data: Path) -> Bundle:
         name="resnet18", mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), batchnorm="sync", input_size=64, steps=6, batch_size=4,
     )  # fmt: skip
     (data.parent / "run").mkdir()
-    train(plan, _Keep(data.parent / "run"))
+    train(plan, FolderReporter(data.parent / "run"))
     return load_bundle(data.parent / "run" / "bundle")
 
 

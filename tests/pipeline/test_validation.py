@@ -7,10 +7,12 @@ import os
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from pipeline.board import Board
 from pipeline.bundle import load_bundle
 from pipeline.cli import run
 from pipeline.data.planted import write_planted
@@ -23,8 +25,8 @@ ENVIRONMENT = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "CUDA_VISIBLE_DEVICE
 
 
 def scalars(folder: Path) -> dict[str, list[int]]:
-    """Names and steps of the scalars in a folder of TensorBoard's event files."""
-    from tensorboardX.proto.event_pb2 import Event
+    """Names and steps of the scalars that TensorBoard shows of a folder: a session that starts at a step hides the rest."""
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
 
     found: dict[str, list[int]] = {}
     for file in sorted(folder.iterdir()):
@@ -32,10 +34,32 @@ def scalars(folder: Path) -> dict[str, list[int]]:
         while data:  # length, its checksum, the event, its checksum
             (length,) = struct.unpack("<Q", data[:8])
             event = Event.FromString(data[12 : 12 + length])
+            if event.session_log.status == SessionLog.START:
+                found = {name: [step for step in steps if step < event.step] for name, steps in found.items()}
             for value in event.summary.value:
                 found.setdefault(value.tag, []).append(event.step)
             data = data[16 + length :]
     return found
+
+
+def test_boards_of_one_second_keep_their_own_files(tmp_path: Path) -> None:
+    for step in (3, 1, 2):
+        board = Board(str(tmp_path), "validation")
+        board.add(step, {"LE": 0.5, "name": "left out"})
+        board.close()
+    assert {tag: sorted(steps) for tag, steps in scalars(tmp_path / "tensorboard" / "validation").items()} == {
+        "LE": [1, 2, 3]
+    }
+
+
+def test_a_run_that_goes_on_hides_what_it_takes_back(tmp_path: Path) -> None:
+    for first, last in ((0, 5), (3, 6)):
+        board = Board(str(tmp_path), "train", first_step=first)
+        for step in range(first + 1, last + 1):
+            board.add(step, {"loss": float(step)})
+        board.close()
+        time.sleep(1.1)  # files are read by their names, which tell seconds
+    assert scalars(tmp_path / "tensorboard" / "train")["loss"] == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.timeout(900)

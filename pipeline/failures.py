@@ -1,0 +1,61 @@
+"""Which error keeps coming back: what tells a lost machine, after which a run goes on, from a fault that stays.
+
+Ray Train starts the workers again after any failure.  A worker that fails by an error of its own leaves
+``RUN/failures/<rank>.json``; when the same error has come back at the same step a few times, the workers end without
+training, and the command says what it was.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+
+from pipeline.data import store
+
+MOST = 3
+"""Times that the same error may happen at the same step."""
+FOLDER = "failures"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An error of one worker."""
+
+    step: int
+    """At which the worker had started."""
+    error: str
+    """On one line."""
+    count: int = 1
+    """How often it has happened in a row."""
+
+
+def record(run: str, rank: int, step: int, error: BaseException) -> None:
+    """Note that worker ``rank``, started at ``step``, failed by ``error``."""
+    words = f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
+    before = _read(run, str(rank))
+    again = before is not None and (before.step, before.error) == (step, words)
+    failure = Failure(step, words, before.count + 1 if before is not None and again else 1)
+    store.write_bytes(_place(run, str(rank)), json.dumps(asdict(failure)).encode())
+
+
+def lasting(run: str, step: int) -> Failure | None:
+    """The failure that has come back `MOST` times at ``step``; none while there is hope."""
+    folder = store.join(store.place_of(run), FOLDER)
+    names = [store.name_of(entry.place).removesuffix(".json") for entry in store.list_folder(folder)]
+    found = [failure for name in names if (failure := _read(run, name)) is not None]
+    return next((failure for failure in found if failure.step == step and failure.count >= MOST), None)
+
+
+def forget(run: str) -> None:
+    """Start counting anew: whoever runs the command again may have mended the fault."""
+    for entry in store.list_folder(store.join(store.place_of(run), FOLDER)):
+        store.delete(entry.place)
+
+
+def _place(run: str, name: str) -> str:
+    return store.join(store.place_of(run), FOLDER, f"{name}.json")
+
+
+def _read(run: str, name: str) -> Failure | None:
+    data = store.read_optional(_place(run, name))
+    return Failure(**json.loads(data)) if data else None
