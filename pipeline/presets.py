@@ -10,7 +10,8 @@ their place, so that one preset holds from 10 classes to 1000, from 64 to 224 pi
    to the bare fill, at least a quarter of log C.  A mask that hides all evidence scores 1 whatever the number of classes,
    and whatever the classifier has learnt to say of nothing.
 2. *Price.*  The weight of the area is a dual variable (`pipeline.area_price`): it rises while the masked-out pictures
-   keep more than a stated share of that uncertainty and the masked-in ones are recognised, and falls otherwise, but not
+   keep more than a stated share of that uncertainty and the masked-in ones are recognised (for a frozen classifier: and
+   the masked-out ones are not), and falls otherwise, but not
    below a floor (2 for a frozen classifier: the published weight in the units of rule 1).  The masks become the
    smallest that still hide the evidence and still show enough of it; their size is found from the data instead of
    being set.  The floor gives way while too few of the recognised pictures are still recognised masked-in, as happens
@@ -193,7 +194,7 @@ PRESETS: dict[str, Preset] = {
             mask_out=_OUT,
             pretraining=0.5,
             # Pictures with grey holes are strange to a frozen classifier, so that fewer of them can be recognised.
-            price=AreaPriceConfig(target=0.85, sufficiency=0.45),
+            price=AreaPriceConfig(target=0.85, largest_leak=0.3, sufficiency=0.45),
             # A frozen classifier cannot learn pictures by heart, so the masker sees objects at the size that they have.
             augmentation=Augmentation(smallest_area=1.0, aspect=1.0),
         ),

@@ -370,6 +370,7 @@ class JointStep:
                 self.preset.price,
                 self.price,
                 entropy_share=logs.get("hidden"),
+                leak=logs["out_right"] / right if "out_right" in logs else None,
                 sufficiency=logs["in_right"] / right if "in_right" in logs else None,
                 mean_area=logs["mask_mean"],
             )

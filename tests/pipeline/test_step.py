@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.area_price import AreaPriceConfig, next_price
+from pipeline.area_price import LENIENCE, AreaPriceConfig, next_price
 from pipeline.backbone import choose_taps, create_classifier, pyramid, tap_classifier
 from pipeline.fills import Zero
 from pipeline.masking import mask_in, mask_out, upsample
@@ -194,16 +194,21 @@ def test_the_price_holds_what_it_is_told_to_hold() -> None:
     config = AreaPriceConfig(rule="entropy", target=0.8, sufficiency=0.8)
 
     def moved(hidden: float | None, shown: float | None, area: float, price: float = 4.0, **changes) -> float:
+        leak = changes.pop("leak", None)
         changed = replace(config, **changes)
-        return next_price(changed, price, entropy_share=hidden, sufficiency=shown, mean_area=area)
+        return next_price(changed, price, entropy_share=hidden, leak=leak, sufficiency=shown, mean_area=area)
 
     assert moved(0.9, 1.0, 0.5) > 4.0, "hides more than asked and shows enough: area gets dearer"
     assert moved(0.7, 1.0, 0.5) < 4.0, "hides too little"
     assert moved(0.9, 0.5, 0.5) < 4.0, "shows too little"
+    assert moved(0.9, 1.0, 0.5, leak=0.4) > 4.0 > moved(0.9, 1.0, 0.5, leak=0.4, largest_leak=0.3), "gives it away"
     assert moved(0.9, None, 0.5) > 4.0 > moved(None, 0.5, 0.5), "with one side only, that side decides"
     assert moved(0.1, 0.5, 0.5, config.lowest) == config.lowest, "never below the published weight ..."
     assert moved(0.99, 1.0, 0.01, config.lowest) < config.lowest, "... but to bring a vanishing mask back"
     assert moved(0.99, 0.3, 0.5, config.lowest) < config.lowest, "... or to show more, when too little is recognised"
+    lenient = LENIENCE * config.lowest
+    assert moved(0.99, 0.3, 0.5, lenient) == lenient, "... down to a share of it, lest it has far to come back"
+    assert moved(0.99, 0.3, 0.5, lenient / 4) == lenient / 4, "showing too little never makes area dearer"
     assert 1.0 < moved(0.1, 0.6, 0.5, 1.0) < moved(0.1, 1.0, 0.5, 1.0) < config.lowest, "and from there it climbs"
     assert 1.0 < moved(0.1, None, 0.5, 1.0) < config.lowest
     assert moved(1e6, 1e6, 0.5, 1.0) == moved(2.0, 2.0, 0.5, 1.0), (

@@ -157,20 +157,15 @@ def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(data: Path, tmp_path: Path) ->
 
 @pytest.mark.timeout(900)
 def test_a_fault_that_stays_ends_the_run_with_its_name(data: Path, tmp_path: Path) -> None:
-    """A damaged picture is no lost machine: the workers are not started again for ever, and mending it goes on."""
+    """A damaged picture is no lost machine: the workers are not started again for ever."""
     root, out = tmp_path / "data", tmp_path / "run"
     shutil.copytree(data, root)
     victim = sorted((root / "train").rglob("*.jpg"))[-1]
-    whole = victim.read_bytes()
-    arguments = ("--preset", "ca", "--data", root, "--out", out, *SMALL, "--steps", 6)
-    victim.write_bytes(whole[:200])
-    broken = train(*arguments)
+    victim.write_bytes(victim.read_bytes()[:200])
+    broken = train("--preset", "ca", "--data", root, "--out", out, *SMALL, "--steps", 6)
     assert broken.returncode == 1
     said = [line for line in broken.stderr.splitlines() if "failed 3 times after step 0" in line]
     assert len(said) == 1 and victim.name in said[0] and "mend it" in said[0], broken.stderr[-2000:]
-    victim.write_bytes(whole)
-    mended = train(*arguments)
-    assert mended.returncode == 0, mended.stderr[-2000:]
 
 
 def free_port() -> int:

@@ -1,0 +1,36 @@
+"""What tells a fault that stays from machines that are lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline import failures
+
+
+def test_the_same_error_at_the_same_step_is_lasting(tmp_path: Path) -> None:
+    run = str(tmp_path)
+    assert failures.lasting(run, 0) is None
+    for _ in range(failures.MOST):
+        assert failures.lasting(run, 40) is None
+        failures.record(run, 1, 40, ValueError("a\nb"))
+    found = failures.lasting(run, 40)
+    assert found == failures.Failure(40, "ValueError: a b", failures.MOST)
+    assert failures.lasting(run, 41) is None, "a run that came further has got over it"
+
+
+@pytest.mark.parametrize(("step", "error"), [(41, "lost"), (40, "another")])
+def test_progress_or_another_error_counts_anew(tmp_path: Path, step: int, error: str) -> None:
+    run = str(tmp_path)
+    for _ in range(failures.MOST - 1):
+        failures.record(run, 0, 40, OSError("lost"))
+    failures.record(run, 0, step, OSError(error))
+    assert failures.lasting(run, 40) is None and failures.lasting(run, 41) is None
+
+
+def test_running_the_command_again_forgets(tmp_path: Path) -> None:
+    for _ in range(failures.MOST):
+        failures.record(str(tmp_path), 0, 0, OSError("lost"))
+    failures.forget(str(tmp_path))
+    assert failures.lasting(str(tmp_path), 0) is None
