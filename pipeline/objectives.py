@@ -189,25 +189,27 @@ def side_loss(
     labels: Tensor,
     target_area: Tensor | None = None,
     lambda_area: float | Tensor | None = None,
+    flipped: Tensor | None = None,
     reduction: Reduction = "mean",
     divisor: float | None = None,
 ) -> SideTerms:
-    """L + R + T of one side; ``lambda_area`` (a number or 0-d tensor) takes the place of the configured weight."""
+    """L + R + T of one side; ``lambda_area`` (a number or 0-d tensor) takes the place of the configured weight.
+
+    ``flipped``: (B,) bool, images whose label is one that they are not of: there the objective has the other direction,
+    and an empty mask does its job (Dabkowski & Gal 2017, released code).
+    """
     clean_right = logits_clean.argmax(dim=1) == labels
     masked_right = logits_masked.argmax(dim=1) == labels
     achieved = masked_right if config.side == "in" else clean_right & ~masked_right
 
-    if config.objective == "classification":
-        objective = classification_objective(logits_masked, labels, reduction=reduction, divisor=divisor)
-    elif config.objective == "entropy":
-        objective = entropy_objective(logits_masked, clean_right, reduction=reduction, divisor=divisor)
-    else:
-        trails = config.direction == "minimize"
-        objective = hinge_objective(
-            logits_masked, labels, margin=config.margin, trails=trails, reduction=reduction, divisor=divisor
+    per_image = _signed_objective(config, config.direction, logits_masked, labels, clean_right)
+    if flipped is not None:
+        other = "minimize" if config.direction == "maximize" else "maximize"
+        per_image = torch.where(
+            flipped, _signed_objective(config, other, logits_masked, labels, clean_right), per_image
         )
-    if config.direction == "maximize":
-        objective = -objective
+        achieved = achieved | flipped
+    objective = reduce(per_image, reduction, divisor)
 
     weight = config.lambda_area if lambda_area is None else lambda_area
     if config.area_rule == "power":
@@ -223,6 +225,19 @@ def side_loss(
     else:
         tv = torch.zeros_like(area)
     return SideTerms(objective + area + tv, objective, area, tv, clean_right, masked_right, achieved)
+
+
+def _signed_objective(
+    config: SideConfig, direction: str, logits: Tensor, labels: Tensor, clean_right: Tensor
+) -> Tensor:
+    """What is minimised for each image, (B,): -O to maximise, +O to minimise."""
+    if config.objective == "classification":
+        value = classification_objective(logits, labels, reduction="none")
+    elif config.objective == "entropy":
+        value = entropy_objective(logits, clean_right, reduction="none")
+    else:
+        value = hinge_objective(logits, labels, margin=config.margin, trails=direction == "minimize", reduction="none")
+    return -value if direction == "maximize" else value
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -93,6 +93,9 @@ class Preset:
     """Layers that the masker reads, 0 the finest: `deep` is the maps of 4 to 16 cells, at most three."""
     area_range: tuple[float, float] = (0.25, 0.75)
     """Wanted areas are drawn from this range, one for each picture, where the masker takes one."""
+    fakes: float = 0.0
+    """Share of the pictures whose masker is told a class of the data that they are not of; the right mask is then empty.
+    For maskers that take a class."""
     compat: Literal["published"] | None = None
     """`published` repeats the order of updates and the BatchNorm statistics of the reference's step (`pipeline.step`)."""
     population: PopulationConfig | None = None
@@ -206,7 +209,7 @@ PRESETS: dict[str, Preset] = {
         _casm("casm-l1000", 10.0, PopulationConfig(save_every=1000), "earlier classifiers, one kept every 1000 steps"),
         Preset(
             name="dabkowski-gal",
-            summary="real-time saliency's released loss: hinges, random fills, a masker that is told the class; no fake classes",
+            summary="real-time saliency's released loss: hinges, random fills, a masker that is told the class, at times a wrong one",
             classifier="frozen",
             mask_in=SideConfig(side="in", objective="hinge", margin=1.0, lambda_area=0.0),
             mask_out=SideConfig(
@@ -223,6 +226,7 @@ PRESETS: dict[str, Preset] = {
             price=_FIXED,
             fill="random",
             masker=MaskerSpec(class_conditional=True),
+            fakes=0.3,
             layers="all",
         ),
     )

@@ -11,6 +11,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from pipeline.errors import UsageError
 from pipeline.fills import FILLS
+from pipeline.objectives import KLPriorConfig
 from pipeline.population import PopulationConfig
 from pipeline.presets import PRESETS, SIDES, Preset
 
@@ -39,6 +40,15 @@ def configure(preset: str, settings: Sequence[str]) -> Preset:
         result = _assign(result, path.split("."), _value(text), setting)
     if result.mask_in is None and result.mask_out is None:
         raise UsageError("--set: neither masked-in nor masked-out pictures are left to learn from; keep one of them")
+    if not 0 <= result.fakes < 1:
+        raise UsageError(f"--set fakes={result.fakes}: give a share of the pictures, at least 0 and less than 1")
+    if result.fakes and not result.masker.class_conditional:
+        raise UsageError(
+            f"--set fakes={result.fakes}: only a masker that is told a class can be told a wrong one; add "
+            "--set masker.class_conditional=true, or fakes=0"
+        )
+    if result.fakes and any(isinstance(side, KLPriorConfig) for side in (result.mask_in, result.mask_out)):
+        raise UsageError(f"--set fakes={result.fakes}: the KL to the prior has no class to be wrong about; use fakes=0")
     if result.fill not in FILLS:
         raise UsageError(f"--set fill={result.fill}: use {', '.join(FILLS)}")
     return result

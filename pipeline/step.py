@@ -231,7 +231,8 @@ class JointStep:
         masker.train()
         with self.autocast:
             maps = {layer: value.detach() for layer, value in clean.features.items()}
-            classes = labels if masker.class_module is not None else None
+            told, fake = self._told_classes(labels, clean.logits.shape[1], generator)
+            classes = told if masker.class_module is not None else None
             mask_logits = _wide(masker(maps, target_area=areas if masker.target_area else None, labels=classes))
             native = masker.masks(mask_logits, generator)  # (n, 1, h, w)
         mask = upsample(native, (x.shape[2], x.shape[3]), masker.upsample)  # (n, 1, S, S)
@@ -255,7 +256,9 @@ class JointStep:
             statistics = nullcontext() if preset.compat == "published" else frozen_statistics(judge)
             with statistics, self.autocast:
                 answer = _wide(judge(show(x, mask, self.fill, generator)).logits)
-            loss = self._side(config, mask, answer, clean.logits.detach(), batch, unit, divisor)
+            loss = self._side(
+                config, mask, answer, clean.logits.detach(), batch._replace(labels=told), fake, unit, divisor
+            )
             masker_loss = masker_loss + weight * loss
             if drawn is None:
                 classifier_loss = classifier_loss + weight * F.cross_entropy(answer, labels, reduction="sum") / divisor
@@ -292,10 +295,11 @@ class JointStep:
         answer: Tensor,
         clean_logits: Tensor,
         batch: Batch,
+        fake: Tensor | None,
         unit: Tensor,
         divisor: int,
     ) -> Tensor:
-        """Objective, area and TV of one side, in the preset's units."""
+        """Objective, area and TV of one side, in the preset's units; ``fake``: (n,) bool, see `_told_classes`."""
         relative = self.preset.relative_units
         scale = unit if relative else torch.ones_like(unit)
         if isinstance(config, KLPriorConfig):
@@ -317,10 +321,23 @@ class JointStep:
             labels=batch.labels,
             target_area=batch.areas,
             lambda_area=config.lambda_area * self.price,
+            flipped=fake,
             divisor=divisor,
         )
         tv = terms.tv * (PUBLISHED_SIZE / mask.shape[-1]) if relative else terms.tv
         return terms.objective / scale + terms.area + tv
+
+    def _told_classes(
+        self, labels: Tensor, outputs: int, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The classes that the masker is to explain, (n,), and which of them are fakes, (n,) bool; none without fakes."""
+        if not self.preset.fakes:
+            return labels, None
+        classes = torch.arange(outputs, device=labels.device) if self.classes is None else self.classes
+        fake = torch.rand(len(labels), generator=generator, device=labels.device) < self.preset.fakes
+        steps = torch.randint(1, len(classes), (len(labels),), generator=generator, device=labels.device)
+        others = classes[(torch.searchsorted(classes, labels) + steps) % len(classes)]
+        return torch.where(fake, others, labels), fake
 
     @torch.no_grad()
     def _unit(self, judge: nn.Module, classes: int) -> Tensor:

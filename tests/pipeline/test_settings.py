@@ -34,6 +34,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "as published": ("compat=published", "population.inert=true"),
     "frozen": ("classifier=frozen",),
     "hinge": ("mask_in=hinge", "mask_out=hinge"),
+    "fake classes": ("masker.class_conditional=true", "fakes=0.5"),
 }
 
 
@@ -91,6 +92,18 @@ def test_a_users_own_fill_trains(tmp_path: Path) -> None:
 def test_every_preset_takes_a_step(name: str) -> None:
     step = step_for(PRESETS[name])
     assert moved(step, "masker")
+
+
+def test_fakes_are_other_classes_of_the_data() -> None:
+    step = step_for(configure("dabkowski-gal", ["fakes=0.5"]))
+    labels = torch.tensor([0, 1, 3] * 200)
+    told, fake = step._told_classes(labels, CLASSES, torch.Generator().manual_seed(0))
+    assert fake is not None and 250 < int(fake.sum()) < 350
+    assert torch.equal(told[~fake], labels[~fake]) and bool((told != labels)[fake].all())
+    assert set(told[fake].tolist()) == {0, 1, 2, 3}
+    step.classes = torch.tensor([0, 1, 3])
+    told, fake = step._told_classes(labels, CLASSES, torch.Generator().manual_seed(0))
+    assert fake is not None and set(told[fake].tolist()) == {0, 1, 3} and bool((told != labels)[fake].all())
 
 
 def test_same_generator_same_step() -> None:
@@ -165,12 +178,19 @@ def test_settings_apply_from_left_to_right() -> None:
         ("batch_size.x=1", "no slots of its own"),
         ("masker.width=0", "greater than or equal to 1"),
         ("name=mine", "no slot 'name'"),
+        ("fakes=0.3", "add --set masker.class_conditional=true"),
+        ("fakes=1", "less than 1"),
     ],
 )
 def test_a_wrong_setting_is_said_in_one_line(setting: str, says: str) -> None:
     with pytest.raises(UsageError) as error:
         configure("ca", [setting])
     assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_prior_has_no_fakes() -> None:
+    with pytest.raises(UsageError, match="KL to the prior"):
+        configure("dabkowski-gal", ["mask_out=kl-prior"])
 
 
 def test_a_method_needs_a_side() -> None:
