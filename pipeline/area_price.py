@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 RESCUE = 0.01
-"""How far the price falls to bring masks back that are vanishing."""
-LENIENCE = 0.2
-"""Share of the floor to which the price falls while masks show too little.  No lower: masks follow the price some fifty
-steps behind, and a price that has far to come back swings for ever between masks of a tenth and of the whole picture."""
+"""Where the price falls to bring masks back that are vanishing."""
+SETTLING_AREA = 0.5
+"""Mean mask while a classifier gets used to masked pictures."""
+TOO_LARGE = 0.3
+"""Misfit of masks that are about to become everything."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,18 +32,29 @@ class AreaPriceConfig:
     masked-out.  A classifier can be less sure of what is left than of a blank picture and yet name the right class."""
     initial: float = 2.0
     """The price at the start, in the units of the objective."""
-    speed: float = 0.1
-    """Relative change of the price per step and unit of misfit."""
+    speed: float = 0.05
+    """Relative change of the held price per step and unit of misfit."""
+    response: float = 5.0
+    """What is charged is the held price times exp(response x misfit of the step).  Masks follow a price by growing or
+    shrinking, not by having a size, so a price that only adds misfits up would swing for ever (the proportional term of
+    PID Lagrangian methods, Stooke et al. 2020)."""
     lowest: float = 2.0
     """The price never falls below this; 2 is the published weight in units of log C (10 to 15 over log 1000)."""
     highest: float = 30.0
     smallest_area: float = 0.04
     """Under this mean area the price falls whatever the uncertainty says, below `lowest` too: such masks are on their
     way to nothing."""
+    largest_area: float = 0.85
+    """Rule `entropy`: above this mean area the price rises whatever the classifier says: a mask that is 1 everywhere has
+    no gradient that could bring it back."""
     smallest_sufficiency: float = 0.4
-    """While a smaller share than this of the pictures recognised whole is recognised masked-in, the price falls below
-    `lowest` too: a weak classifier is unsure of whole pictures already, so that hiding gains little, and a fixed floor
-    would only buy smaller and smaller masks."""
+    """While a smaller share than this of the pictures recognised whole is recognised masked-in, or a larger one than
+    `largest_leak` masked-out, `lowest` gives way, by exp(response x what is missing): a weak classifier is unsure of whole
+    pictures already, so that hiding gains little, and a fixed floor would only buy smaller and smaller masks."""
+    settling: float = 0.2
+    """Rule `entropy`, for a classifier that learns along from random weights: over this first share of the phase the price
+    holds masks of half the picture instead.  Until such a classifier has seen masked pictures, what it says of them tells
+    nothing of the masks."""
 
     def __post_init__(self) -> None:
         if self.rule not in ("fixed", "entropy", "area"):
@@ -53,40 +65,53 @@ class AreaPriceConfig:
             raise ValueError(f"area price {self.initial} is not between {self.lowest} and {self.highest}")
 
 
+@dataclass(frozen=True)
+class Price:
+    """The state of the dual variable."""
+
+    held: float
+    """What the misfits of all steps have added up to."""
+    charged: float
+    """What area costs in the next step."""
+
+
 def next_price(
     config: AreaPriceConfig,
-    price: float,
+    price: Price,
     *,
     entropy_share: float | None,
     leak: float | None,
     sufficiency: float | None,
     mean_area: float,
-) -> float:
-    """The price after a step, by projected ascent on its logarithm.
+    settling: bool = False,
+) -> Price:
+    """The price after a step: proportional-integral ascent on its logarithm.
 
     ``entropy_share``: entropy of the masked-out pictures over that of a blank one, averaged over the pictures that
     the classifier gets right; ``leak``: pictures recognised masked-out over those recognised whole; ``sufficiency``: the
     same of masked-in ones; each none where the method has no such side.  ``mean_area``: mean mask of the step, in [0, 1].
+    ``settling``: whether the classifier has yet to see masked pictures (`AreaPriceConfig.settling`).
     """
     if config.rule == "fixed":
         return price
-    if config.rule == "entropy":
+    lowest, floor = config.lowest, config.lowest  # of the held price and of the charged one
+    if mean_area < config.smallest_area:
+        misfit, floor = -1.0, RESCUE
+    elif config.rule == "area":
+        misfit = mean_area - config.target
+    elif settling:
+        misfit, lowest, floor = mean_area - SETTLING_AREA, RESCUE, RESCUE
+    else:
         misfits = [] if entropy_share is None else [entropy_share - config.target]
         misfits += [] if leak is None else [config.largest_leak - leak]
         misfits += [] if sufficiency is None else [sufficiency - config.sufficiency]
         misfit = min(misfits, default=0.0)
-    else:
-        misfit = mean_area - config.target
-    floor = config.lowest
-    spare = 1.0  # how much more is shown than has to be
-    if config.rule == "entropy" and sufficiency is not None:
-        spare = sufficiency - config.smallest_sufficiency
-    if mean_area < config.smallest_area:
-        misfit, floor = -1.0, RESCUE
-    elif spare < 0:
-        misfit, floor = min(misfit, spare), min(price, LENIENCE * config.lowest)
-    elif price < config.lowest:  # back to where it may be, as fast as the masks can afford
-        misfit, floor = spare, price
+        missing = 0.0 if sufficiency is None else max(0.0, config.smallest_sufficiency - sufficiency)
+        missing += 0.0 if leak is None else max(0.0, leak - config.largest_leak)
+        floor *= math.exp(-config.response * missing)
+        if mean_area > config.largest_area:
+            misfit = max(misfit, TOO_LARGE)
     # Both shares are ratios, and boundless in a step in which hardly any picture is recognised whole.
-    moved = math.log(price) + config.speed * max(-1.0, min(1.0, misfit))
-    return min(max(math.exp(moved), floor), config.highest)
+    misfit = max(-1.0, min(1.0, misfit))
+    held = min(max(price.held * math.exp(config.speed * misfit), lowest), config.highest)
+    return Price(held, min(max(held * math.exp(config.response * misfit), floor), config.highest))

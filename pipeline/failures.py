@@ -10,11 +10,15 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 
+from torch.distributed import DistError
+
 from pipeline.data import store
 
 MOST = 3
 """Times that the same error may happen at the same step."""
 FOLDER = "failures"
+ECHOES = ("gloo", "NCCL", "by peer")
+"""Words of the errors that collectives raise on all other workers when one is lost; the lost one has said why, if it could."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,9 @@ class Failure:
 
 
 def record(run: str, rank: int, step: int, error: BaseException) -> None:
-    """Note that worker ``rank``, started at ``step``, failed by ``error``."""
+    """Note that worker ``rank``, started at ``step``, failed by ``error``; not where it only lost sight of another."""
+    if isinstance(error, DistError) or any(word in str(error) for word in ECHOES):
+        return
     words = f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
     before = _read(run, str(rank))
     again = before is not None and (before.step, before.error) == (step, words)

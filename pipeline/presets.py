@@ -10,12 +10,12 @@ their place, so that one preset holds from 10 classes to 1000, from 64 to 224 pi
    to the bare fill, at least a quarter of log C.  A mask that hides all evidence scores 1 whatever the number of classes,
    and whatever the classifier has learnt to say of nothing.
 2. *Price.*  The weight of the area is a dual variable (`pipeline.area_price`): it rises while the masked-out pictures
-   keep more than a stated share of that uncertainty and the masked-in ones are recognised (for a frozen classifier: and
-   the masked-out ones are not), and falls otherwise, but not
-   below a floor (2 for a frozen classifier: the published weight in the units of rule 1).  The masks become the
-   smallest that still hide the evidence and still show enough of it; their size is found from the data instead of
-   being set.  The floor gives way while too few of the recognised pictures are still recognised masked-in, as happens
-   with a weak classifier, which hiding makes hardly less sure.
+   keep more than a stated share of that uncertainty and are not recognised, and the masked-in ones are recognised, and
+   falls otherwise, but not below a floor (2 for a frozen classifier: the published weight in the units of rule 1).  The
+   masks become the smallest that still hide the evidence and still show enough of it; their size is found from the data
+   instead of being set.  The floor gives way while too few of the recognised pictures are still recognised masked-in, or
+   too many masked-out, as happens with a weak classifier, which hiding makes hardly less sure.  A classifier that learns
+   along from random weights first sees masks of half the picture, until what it says of masked pictures tells something.
 3. *Length.*  TV sums over pixels, so a contour of the same shape costs twice as much at twice the resolution; its
    weight is scaled by 224 / input size.
 4. *Nothing.*  A classifier that learns along has to answer masked pictures, and among few classes it soon takes one of
@@ -187,7 +187,7 @@ PRESETS: dict[str, Preset] = {
             pretraining=0.3,
             # A classifier that learns along reads more out of what a mask leaves, so that less can be asked of the mask.
             # Its answers come to range over the classes of the data alone: the unit of rule 1 shrinks, and the floor rises.
-            price=AreaPriceConfig(target=0.7, initial=2.5, lowest=2.5, smallest_sufficiency=0.65),
+            price=AreaPriceConfig(target=0.7, largest_leak=0.6, initial=2.5, lowest=2.5, smallest_sufficiency=0.65),
         ),
         Preset(
             name="fix",

@@ -2,8 +2,8 @@
 
 This is the plain form, the oracle of any faster one.  It differs from the published step in three places, all on
 purpose: every gradient is taken before any weight moves (the reference moves the classifier under the masker's
-backward pass), a drawn earlier classifier really judges the masks (the reference loads it and asks the current one), and
-the classifier's BatchNorm statistics are those of clean pictures.  ``Preset.compat = "published"`` moves the classifier
+backward pass), a drawn earlier classifier really judges the masks and the whole pictures that they are compared with (the
+reference loads it and asks the current one), and the classifier's BatchNorm statistics are those of clean pictures.  ``Preset.compat = "published"`` moves the classifier
 on its clean loss before it judges the masks, lets masked pictures shift its statistics, and never asks a drawn one.
 """
 
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from pipeline import collective
 from pipeline.acceleration import accelerate
-from pipeline.area_price import next_price
+from pipeline.area_price import Price, next_price
 from pipeline.batchnorm import frozen_statistics
 from pipeline.clean_cache import CleanCache
 from pipeline.fills import Fill
@@ -113,7 +113,7 @@ class JointStep:
         self.classes = None if classes is None else torch.tensor(sorted(set(classes)), device=blank.device)
         self.population = population
         self.autocast = autocast or nullcontext()
-        self.price = preset.price.initial
+        self.price = Price(preset.price.initial, preset.price.initial)
         self.joint = preset.classifier == "joint"
         self.trains_classifier = trains_classifier
         self.batchnorm_trains = batchnorm != "eval"
@@ -174,7 +174,8 @@ class JointStep:
             self._apply(self.masker_optimiser, self.masker_parameters, [g * scale for g in masker_gradients])
         if self.population is not None and phase == "joint":
             self.population.observe(step, self.model.backbone)
-        return self._finish(dict(zip(logs, numbers.tolist(), strict=True)), phase)
+        settling = self.scratch and self.joint and course < self.preset.price.settling
+        return self._finish(dict(zip(logs, numbers.tolist(), strict=True)), phase, settling)
 
     def losses(
         self,
@@ -239,8 +240,13 @@ class JointStep:
         asked = None if drawn is None or self.population is None or self.population.config.inert else drawn
         judge = backbone if asked is None or self.population is None else self.population.network(asked, backbone)
         unit = self._unit(judge, clean.logits.shape[1])
-        right = clean.logits.detach().argmax(1) == labels
+        whole = clean.logits.detach()
+        if asked is not None:  # an earlier classifier that is wrong on the whole picture would reward an empty mask
+            with torch.no_grad(), frozen_statistics(judge), self.autocast:
+                whole = _wide(judge(x).logits)
+        right = whole.argmax(1) == labels
         logs = clean.logs | {
+            "judge_right": right.to(unit).sum() / divisor,
             "mask_mean": native.detach().mean((1, 2, 3)).sum() / divisor,
             "unit": unit * len(x) / divisor,
         }
@@ -256,9 +262,7 @@ class JointStep:
             statistics = nullcontext() if preset.compat == "published" else frozen_statistics(judge)
             with statistics, self.autocast:
                 answer = _wide(judge(show(x, mask, self.fill, generator)).logits)
-            loss = self._side(
-                config, mask, answer, clean.logits.detach(), batch._replace(labels=told), fake, unit, divisor
-            )
+            loss = self._side(config, mask, answer, whole, batch._replace(labels=told), fake, unit, divisor)
             masker_loss = masker_loss + weight * loss
             if drawn is None:
                 classifier_loss = classifier_loss + weight * F.cross_entropy(answer, labels, reduction="sum") / divisor
@@ -304,7 +308,7 @@ class JointStep:
         scale = unit if relative else torch.ones_like(unit)
         if isinstance(config, KLPriorConfig):
             prior = kl_prior_criterion(
-                replace(config, lambda_area=config.lambda_area * self.price),
+                replace(config, lambda_area=config.lambda_area * self.price.charged),
                 mask=mask,
                 logits_masked=answer,
                 logits_clean=clean_logits,
@@ -320,7 +324,7 @@ class JointStep:
             logits_clean=clean_logits,
             labels=batch.labels,
             target_area=batch.areas,
-            lambda_area=config.lambda_area * self.price,
+            lambda_area=config.lambda_area * self.price.charged,
             flipped=fake,
             divisor=divisor,
         )
@@ -378,9 +382,9 @@ class JointStep:
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
 
-    def _finish(self, logs: dict[str, float], phase: str) -> dict[str, float]:
+    def _finish(self, logs: dict[str, float], phase: str, settling: bool) -> dict[str, float]:
         if phase == "joint":
-            right = max(logs["clean_right"], 1e-6)
+            right = max(logs.pop("judge_right"), 1e-6)
             if "hidden" in logs:
                 logs["hidden"] /= right
             self.price = next_price(
@@ -390,6 +394,7 @@ class JointStep:
                 leak=logs["out_right"] / right if "out_right" in logs else None,
                 sufficiency=logs["in_right"] / right if "in_right" in logs else None,
                 mean_area=logs["mask_mean"],
+                settling=settling,
             )
-            logs["price"] = self.price
+            logs["price"] = self.price.charged
         return logs

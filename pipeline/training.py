@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline import collective
+from pipeline.area_price import Price
 from pipeline.backbone import (
     choose_taps,
     create_classifier,
@@ -338,7 +339,7 @@ def _save(
     state = {
         "step": row["step"],
         "seconds": row.get("seconds", 0.0),
-        "price": step_of.price,
+        "price": asdict(step_of.price),
         "model": model.state_dict(),
         "classifier_optimiser": step_of.classifier_optimiser.state_dict(),
         "masker_optimiser": step_of.masker_optimiser.state_dict(),
@@ -359,7 +360,7 @@ def _restore(
     model.load_state_dict(state["model"])
     step_of.classifier_optimiser.load_state_dict(state["classifier_optimiser"])
     step_of.masker_optimiser.load_state_dict(state["masker_optimiser"])
-    step_of.price = state["price"]
+    step_of.price = Price(**state["price"])
     if population is not None:
         population.restore(state["population"])
     with (folder / "log.csv").open(newline="", encoding="utf-8") as file:

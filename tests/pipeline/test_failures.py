@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from torch.distributed import DistBackendError
 
 from pipeline import failures
 
@@ -27,6 +28,20 @@ def test_progress_or_another_error_counts_anew(tmp_path: Path, step: int, error:
         failures.record(run, 0, 40, OSError("lost"))
     failures.record(run, 0, step, OSError(error))
     assert failures.lasting(run, 40) is None and failures.lasting(run, 41) is None
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[.../gloo/transport/tcp/pair.cc:544] Connection closed by peer [127.0.0.1]:4242"),
+        DistBackendError("remote process exited"),
+        ConnectionResetError(104, "Connection reset by peer"),
+    ],
+)
+def test_losing_another_worker_is_no_fault(tmp_path: Path, error: Exception) -> None:
+    for _ in range(failures.MOST):
+        failures.record(str(tmp_path), 1, 0, error)
+    assert failures.lasting(str(tmp_path), 0) is None
 
 
 def test_running_the_command_again_forgets(tmp_path: Path) -> None:

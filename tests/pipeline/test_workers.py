@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +60,7 @@ def _train(rank: int, world: int, folder: str) -> None:
         batch = Batch(pictures[share], torch.from_numpy(labels[share]))
         step_of(batch, step=step, divisor=BATCH, phase="classifier" if step < 4 else "joint", course=step / STEPS)
     if rank == 0:
-        torch.save({"model": model.state_dict(), "price": step_of.price}, f"{folder}/world{world}.pt")
+        torch.save({"model": model.state_dict(), "price": asdict(step_of.price)}, f"{folder}/world{world}.pt")
     if world > 1:
         dist.destroy_process_group()
 
