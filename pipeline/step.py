@@ -23,18 +23,17 @@ from pipeline import collective
 from pipeline.acceleration import accelerate
 from pipeline.area_price import Price, next_price
 from pipeline.batchnorm import frozen_statistics
+from pipeline.blank import blank_loss, unit_of, wide
 from pipeline.clean_cache import CleanCache
 from pipeline.fills import Fill
 from pipeline.masking import mask_in, mask_out, upsample
 from pipeline.model import SaliencyModel
-from pipeline.objectives import KLPriorConfig, SideConfig, kl_prior_criterion, side_loss
+from pipeline.objectives import KLPriorConfig, SideConfig, kl_prior_criterion, mask_area, side_loss
 from pipeline.population import Population
 from pipeline.presets import Preset
 
 PUBLISHED_SIZE = 224
 """Input size for which the weights of TV are stated."""
-SMALLEST_UNIT = 0.25
-"""The unit of the objectives is at least this share of log C."""
 
 
 class Batch(NamedTuple):
@@ -72,11 +71,6 @@ class Losses:
     """What the classifier minimises; none when it is frozen."""
     logs: dict[str, Tensor]
     """Scalars that add up over the workers."""
-
-
-def _wide(values: Tensor) -> Tensor:
-    """Half-precision results of autocast as float32; anything else as it is."""
-    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
 class JointStep:
@@ -207,13 +201,13 @@ class JointStep:
                 self.cache.keep(views, logits, features)
         else:
             logits, features = known
-        logits = _wide(logits)
+        logits = wide(logits)
         loss = F.cross_entropy(logits, batch.labels, reduction="sum") / divisor
         right = logits.detach().argmax(1) == batch.labels
         logs = {"clean_loss": loss.detach(), "clean_right": right.to(loss).sum() / divisor}
         if classifier_learns and self.joint and self.preset.weight_blank:
             share = len(batch.images) / divisor
-            loss = loss + self.preset.weight_blank * share * self._blank_loss()
+            loss = loss + self.preset.weight_blank * share * blank_loss(self.model.backbone, self.blank, self.classes)
         return Clean(logits, features, loss, logs)
 
     def masked(
@@ -234,16 +228,16 @@ class JointStep:
             maps = {layer: value.detach() for layer, value in clean.features.items()}
             told, fake = self._told_classes(labels, clean.logits.shape[1], generator)
             classes = told if masker.class_module is not None else None
-            mask_logits = _wide(masker(maps, target_area=areas if masker.target_area else None, labels=classes))
+            mask_logits = wide(masker(maps, target_area=areas if masker.target_area else None, labels=classes))
             native = masker.masks(mask_logits, generator)  # (n, 1, h, w)
         mask = upsample(native, (x.shape[2], x.shape[3]), masker.upsample)  # (n, 1, S, S)
         asked = None if drawn is None or self.population is None or self.population.config.inert else drawn
         judge = backbone if asked is None or self.population is None else self.population.network(asked, backbone)
-        unit = self._unit(judge, clean.logits.shape[1])
+        unit = unit_of(judge, self.blank)
         whole = clean.logits.detach()
         if asked is not None:  # an earlier classifier that is wrong on the whole picture would reward an empty mask
             with torch.no_grad(), frozen_statistics(judge), self.autocast:
-                whole = _wide(judge(x).logits)
+                whole = wide(judge(x).logits)
         right = whole.argmax(1) == labels
         logs = clean.logs | {
             "judge_right": right.to(unit).sum() / divisor,
@@ -261,11 +255,16 @@ class JointStep:
                 continue
             statistics = nullcontext() if preset.compat == "published" else frozen_statistics(judge)
             with statistics, self.autocast:
-                answer = _wide(judge(show(x, mask, self.fill, generator)).logits)
+                answer = wide(judge(show(x, mask, self.fill, generator)).logits)
             loss = self._side(config, mask, answer, whole, batch._replace(labels=told), fake, unit, divisor)
             masker_loss = masker_loss + weight * loss
             if drawn is None:
-                classifier_loss = classifier_loss + weight * F.cross_entropy(answer, labels, reduction="sum") / divisor
+                learnt = F.cross_entropy(answer, labels, reduction="none")  # (n,)
+                if preset.shown_enough:
+                    area = mask_area(mask.detach())
+                    seen = area if name == "in" else 1 - area
+                    learnt = learnt * (seen / preset.shown_enough).clamp(max=1.0)
+                classifier_loss = classifier_loss + weight * learnt.sum() / divisor
             logs[f"{name}_right"] = (answer.detach().argmax(1) == labels).to(unit).sum() / divisor
             if name == "out":
                 log_q = F.log_softmax(answer.detach(), 1)
@@ -342,25 +341,6 @@ class JointStep:
         steps = torch.randint(1, len(classes), (len(labels),), generator=generator, device=labels.device)
         others = classes[(torch.searchsorted(classes, labels) + steps) % len(classes)]
         return torch.where(fake, others, labels), fake
-
-    @torch.no_grad()
-    def _unit(self, judge: nn.Module, classes: int) -> Tensor:
-        """Entropy of the answer to a blank picture, in nats, at least a quarter of log C."""
-        log_q = self._of_blank(judge)
-        return (-(log_q.exp() * log_q).sum()).clamp(min=SMALLEST_UNIT * math.log(classes))
-
-    def _blank_loss(self) -> Tensor:
-        """Cross-entropy of the answer to a blank picture with every class of the data alike."""
-        log_q = self._of_blank(self.model.backbone)[0]
-        return -(log_q if self.classes is None else log_q[self.classes]).mean()
-
-    def _of_blank(self, judge: nn.Module) -> Tensor:
-        """(1, C) log-probabilities of a blank picture, with the statistics that BatchNorm has collected."""
-        training = judge.training
-        judge.eval()
-        log_q = F.log_softmax(_wide(judge(self.blank).logits), 1)
-        judge.train(training)
-        return log_q
 
     def _set_rates(self, phase: str, course: float) -> None:
         options = self.preset.optimisation

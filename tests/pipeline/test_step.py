@@ -59,10 +59,12 @@ def state(module: torch.nn.Module) -> dict[str, Tensor]:
     return copy.deepcopy(module.state_dict())
 
 
-def test_gradients_are_those_of_the_equations() -> None:
+@pytest.mark.parametrize("enough", [PRESETS["ca"].shown_enough, 0.8])
+def test_gradients_are_those_of_the_equations(enough: float) -> None:
     """The published loss, written out by hand, with the step's gradients from before any update."""
     model = a_model()
-    preset = replace(PRESETS["ca"], relative_units=False, price=AreaPriceConfig(rule="fixed", initial=3.0))
+    fixed = AreaPriceConfig(rule="fixed", initial=3.0)
+    preset = replace(PRESETS["ca"], shown_enough=enough, relative_units=False, price=fixed)
     step = a_step(model, preset)
     batch = a_batch()
     losses = step.losses(batch, divisor=6, phase="joint", drawn=None)
@@ -89,7 +91,10 @@ def test_gradients_are_those_of_the_equations() -> None:
                 labels=batch.labels,
             ).total
         )
-        classifier = classifier + F.cross_entropy(z, batch.labels)
+        shown = mask.mean((1, 2, 3)) if config.side == "in" else 1 - mask.mean((1, 2, 3))
+        weights = (shown / enough).clamp(max=1.0).detach()
+        assert bool((weights < 1).any()) == (enough > 0.4)
+        classifier = classifier + (weights * F.cross_entropy(z, batch.labels, reduction="none")).mean()
     blank = F.log_softmax(model.backbone(torch.zeros(1, 3, SIZE, SIZE, dtype=torch.float64)).logits, 1)
     classifier = classifier - preset.weight_blank * blank.mean()
     expected = torch.autograd.grad(total, list(model.masker.parameters()), retain_graph=True)
@@ -157,7 +162,8 @@ def test_a_drawn_classifier_judges_the_masks() -> None:
     current = step.losses(batch, divisor=6, phase="joint", drawn=None)
     drawn = step.losses(batch, divisor=6, phase="joint", drawn=population.draw(5))
     assert float(current.logs["mask_mean"]) == float(drawn.logs["mask_mean"])
-    assert float(current.masker) != float(drawn.masker)  # pyright: ignore[reportArgumentType]
+    assert current.masker is not None and drawn.masker is not None
+    assert current.masker.item() != drawn.masker.item()
     logits, features = model.backbone.eval()(batch.images)
     mask = upsample(torch.sigmoid(model.masker({k: v.detach() for k, v in features.items()})), (SIZE, SIZE))
     judge = population.network(0, model.backbone)
@@ -174,7 +180,7 @@ def test_a_drawn_classifier_judges_the_masks() -> None:
         if config.side == "in":
             right = answer.argmax(1) == batch.labels
             assert float(drawn.logs["in_right"]) == pytest.approx(float(right.double().mean()))
-    assert float(drawn.masker) == pytest.approx(float(total))  # pyright: ignore[reportArgumentType]
+    assert drawn.masker.item() == pytest.approx(total.item())
     # and the classifier is then trained on the clean pictures alone
     assert drawn.classifier is not None
     assert float(drawn.classifier) == pytest.approx(float(F.cross_entropy(logits, batch.labels)))
