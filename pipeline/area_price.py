@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 RESCUE = 0.01
-"""Where the price falls to bring masks back that are vanishing."""
+"""The price while masks are vanishing."""
 SETTLING_AREA = 0.5
 """Mean mask while a classifier gets used to masked pictures."""
 TOO_LARGE = 0.3
@@ -29,7 +29,8 @@ class AreaPriceConfig:
     """Rule `entropy`: share of the pictures recognised whole that must also be recognised masked-in."""
     largest_leak: float = 1.0
     """Rule `entropy`: the price rises only while at most this share of the pictures recognised whole is still recognised
-    masked-out.  A classifier can be less sure of what is left than of a blank picture and yet name the right class."""
+    masked-out (pictures of the class that a blank one is taken for do not count: they are right by chance).  A classifier
+    can be less sure of what is left than of a blank picture and yet name the right class."""
     initial: float = 2.0
     """The price at the start, in the units of the objective."""
     speed: float = 0.05
@@ -39,11 +40,11 @@ class AreaPriceConfig:
     shrinking, not by having a size, so a price that only adds misfits up would swing for ever (the proportional term of
     PID Lagrangian methods, Stooke et al. 2020)."""
     lowest: float = 2.0
-    """The price never falls below this; 2 is the published weight in units of log C (10 to 15 over log 1000)."""
+    """The price does not fall below this, but as the next slots say; 2 is the published weight in units of log C (10 to 15 over log 1000)."""
     highest: float = 30.0
     smallest_area: float = 0.04
-    """Under this mean area the price falls whatever the uncertainty says, below `lowest` too: such masks are on their
-    way to nothing."""
+    """Under this mean area the price is next to nothing, whatever the uncertainty says: such masks are on their way to
+    nothing."""
     largest_area: float = 0.85
     """Rule `entropy`: above this mean area the price rises whatever the classifier says: a mask that is 1 everywhere has
     no gradient that could bring it back."""
@@ -63,6 +64,13 @@ class AreaPriceConfig:
             raise ValueError(f"area price target {self.target} is not between 0 and 1")
         if not 0 < self.lowest <= self.initial <= self.highest and self.rule != "fixed":
             raise ValueError(f"area price {self.initial} is not between {self.lowest} and {self.highest}")
+        if min(self.speed, self.response) < 0:
+            raise ValueError(f"area price speed {self.speed}, response {self.response}: neither may be negative")
+        if not 0 <= self.smallest_area < self.largest_area <= 1 or not 0 <= self.settling < 1:
+            raise ValueError(
+                f"area price between areas {self.smallest_area} and {self.largest_area}, settling over {self.settling}: "
+                "give shares in [0, 1], the smaller area first"
+            )
 
 
 @dataclass(frozen=True)
@@ -88,16 +96,16 @@ def next_price(
     """The price after a step: proportional-integral ascent on its logarithm.
 
     ``entropy_share``: entropy of the masked-out pictures over that of a blank one, averaged over the pictures that
-    the classifier gets right; ``leak``: pictures recognised masked-out over those recognised whole; ``sufficiency``: the
-    same of masked-in ones; each none where the method has no such side.  ``mean_area``: mean mask of the step, in [0, 1].
+    the classifier gets right; ``leak``: share of these that it also gets right masked-out, and not by chance;
+    ``sufficiency``: pictures recognised masked-in over those recognised whole; each none where the method has no such side.  ``mean_area``: mean mask of the step, in [0, 1].
     ``settling``: whether the classifier has yet to see masked pictures (`AreaPriceConfig.settling`).
     """
     if config.rule == "fixed":
         return price
-    lowest, floor = config.lowest, config.lowest  # of the held price and of the charged one
     if mean_area < config.smallest_area:
-        misfit, floor = -1.0, RESCUE
-    elif config.rule == "area":
+        return Price(max(price.held * math.exp(-config.speed), min(price.held, config.lowest)), RESCUE)
+    lowest, floor = config.lowest, config.lowest  # of the held price and of the charged one
+    if config.rule == "area":
         misfit = mean_area - config.target
     elif settling:
         misfit, lowest, floor = mean_area - SETTLING_AREA, RESCUE, RESCUE

@@ -21,23 +21,21 @@ def wide(values: Tensor) -> Tensor:
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
-@torch.no_grad()
-def unit_of(judge: nn.Module, blank: Tensor) -> Tensor:
-    """() entropy of the answer to a blank picture, in nats, at least a quarter of log C."""
-    log_q = _answer(judge, blank)
-    return (-(log_q.exp() * log_q).sum()).clamp(min=SMALLEST_UNIT * math.log(log_q.shape[1]))
+def blank_answer(judge: nn.Module, blank: Tensor) -> Tensor:
+    """(C,) log-probabilities."""
+    training = judge.training
+    judge.eval()
+    log_q = F.log_softmax(wide(judge(blank).logits), 1)[0]
+    judge.train(training)
+    return log_q
+
+
+def unit_of(answer: Tensor) -> Tensor:
+    """() entropy of the `blank_answer`, in nats, at least a quarter of log C."""
+    return (-(answer.exp() * answer).sum()).clamp(min=SMALLEST_UNIT * math.log(len(answer)))
 
 
 def blank_loss(judge: nn.Module, blank: Tensor, classes: Tensor | None) -> Tensor:
     """() cross-entropy of the answer to a blank picture with all ``classes`` alike, an int64 vector of outputs; none: all."""
-    log_q = _answer(judge, blank)[0]
-    return -(log_q if classes is None else log_q[classes]).mean()
-
-
-def _answer(judge: nn.Module, blank: Tensor) -> Tensor:
-    """(1, C) log-probabilities."""
-    training = judge.training
-    judge.eval()
-    log_q = F.log_softmax(wide(judge(blank).logits), 1)
-    judge.train(training)
-    return log_q
+    answer = blank_answer(judge, blank)
+    return -(answer if classes is None else answer[classes]).mean()

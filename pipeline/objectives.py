@@ -7,7 +7,7 @@ batch of which this is one part.  ``reduction="none"`` gives the (B,) summands, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -195,20 +195,17 @@ def side_loss(
 ) -> SideTerms:
     """L + R + T of one side; ``lambda_area`` (a number or 0-d tensor) takes the place of the configured weight.
 
-    ``flipped``: (B,) bool, images whose label is one that they are not of: there the objective has the other direction,
-    and an empty mask does its job (Dabkowski & Gal 2017, released code).
+    ``flipped``: (B,) bool, images whose mask is that of a class which they are not of: there the hinge has the other
+    direction and a margin of 1, so that an empty mask is best (Dabkowski & Gal 2017, released code).
     """
     clean_right = logits_clean.argmax(dim=1) == labels
     masked_right = logits_masked.argmax(dim=1) == labels
     achieved = masked_right if config.side == "in" else clean_right & ~masked_right
 
-    per_image = _signed_objective(config, config.direction, logits_masked, labels, clean_right)
+    per_image = _signed_objective(config, logits_masked, labels, clean_right)
     if flipped is not None:
-        other = "minimize" if config.direction == "maximize" else "maximize"
-        per_image = torch.where(
-            flipped, _signed_objective(config, other, logits_masked, labels, clean_right), per_image
-        )
-        achieved = achieved | flipped
+        other = replace(config, direction="minimize" if config.direction == "maximize" else "maximize", margin=1.0)
+        per_image = torch.where(flipped, _signed_objective(other, logits_masked, labels, clean_right), per_image)
     objective = reduce(per_image, reduction, divisor)
 
     weight = config.lambda_area if lambda_area is None else lambda_area
@@ -227,17 +224,16 @@ def side_loss(
     return SideTerms(objective + area + tv, objective, area, tv, clean_right, masked_right, achieved)
 
 
-def _signed_objective(
-    config: SideConfig, direction: str, logits: Tensor, labels: Tensor, clean_right: Tensor
-) -> Tensor:
+def _signed_objective(config: SideConfig, logits: Tensor, labels: Tensor, clean_right: Tensor) -> Tensor:
     """What is minimised for each image, (B,): -O to maximise, +O to minimise."""
     if config.objective == "classification":
         value = classification_objective(logits, labels, reduction="none")
     elif config.objective == "entropy":
         value = entropy_objective(logits, clean_right, reduction="none")
     else:
-        value = hinge_objective(logits, labels, margin=config.margin, trails=direction == "minimize", reduction="none")
-    return -value if direction == "maximize" else value
+        trails = config.direction == "minimize"
+        value = hinge_objective(logits, labels, margin=config.margin, trails=trails, reduction="none")
+    return -value if config.direction == "maximize" else value
 
 
 @dataclass(frozen=True, kw_only=True)

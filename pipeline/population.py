@@ -28,6 +28,9 @@ class PopulationConfig:
     inert: bool = False
     """As published: a drawn snapshot is loaded and never asked, so that all that a draw does is to keep the classifier
     from its masked images for a step."""
+    own_clean: bool = False
+    """Whether a drawn snapshot's own answer to the whole image says if that was recognised, and not the current
+    classifier's, as published: an earlier classifier that is wrong on the whole image rewards an empty mask."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.probability <= 1:

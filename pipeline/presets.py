@@ -99,7 +99,7 @@ class Preset:
     """Wanted areas are drawn from this range, one for each picture, where the masker takes one."""
     fakes: float = 0.0
     """Share of the pictures whose masker is told a class of the data that they are not of; the right mask is then empty.
-    For maskers that take a class."""
+    For maskers that take a class, judged by hinges, at a fixed price."""
     compat: Literal["published"] | None = None
     """`published` repeats the order of updates and the BatchNorm statistics of the reference's step (`pipeline.step`)."""
     population: PopulationConfig | None = None
@@ -188,7 +188,7 @@ PRESETS: dict[str, Preset] = {
             mask_out=_OUT,
             weight_blank=1.0,
             shown_enough=0.1,
-            population=PopulationConfig(probability=0.5, save_every=50, size=10),
+            population=PopulationConfig(probability=0.5, save_every=50, size=10, own_clean=True),
             pretraining=0.3,
             # A classifier that learns along reads more out of what a mask leaves, so that less can be asked of the mask.
             # Its answers come to range over the classes of the data alone: the unit of rule 1 shrinks, and the floor rises.

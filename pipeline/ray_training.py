@@ -123,8 +123,8 @@ def worker(config: dict[str, Any]) -> None:
                 return
         if failures.lasting(run, first):
             return
-        reporter = RayReporter(plan, run, first_course=done, first_step=first)
         try:
+            reporter = RayReporter(plan, run, first_course=done, first_step=first)
             training.train(plan, reporter, resume=folder, device=device)
         except Exception as error:
             failures.record(run, ray.train.get_context().get_world_rank(), first, error)

@@ -42,16 +42,29 @@ def configure(preset: str, settings: Sequence[str]) -> Preset:
         raise UsageError("--set: neither masked-in nor masked-out pictures are left to learn from; keep one of them")
     if not 0 <= result.fakes < 1:
         raise UsageError(f"--set fakes={result.fakes}: give a share of the pictures, at least 0 and less than 1")
-    if result.fakes and not result.masker.class_conditional:
-        raise UsageError(
-            f"--set fakes={result.fakes}: only a masker that is told a class can be told a wrong one; add "
-            "--set masker.class_conditional=true, or fakes=0"
-        )
-    if result.fakes and any(isinstance(side, KLPriorConfig) for side in (result.mask_in, result.mask_out)):
-        raise UsageError(f"--set fakes={result.fakes}: the KL to the prior has no class to be wrong about; use fakes=0")
+    if result.fakes:
+        _check_fakes(result)
     if result.fill not in FILLS:
         raise UsageError(f"--set fill={result.fill}: use {', '.join(FILLS)}")
     return result
+
+
+def _check_fakes(preset: Preset) -> None:
+    where = f"--set fakes={preset.fakes}"
+    if not preset.masker.class_conditional:
+        raise UsageError(
+            f"{where}: only a masker that is told a class can be told a wrong one; add "
+            "--set masker.class_conditional=true, or fakes=0"
+        )
+    sides = [side for side in (preset.mask_in, preset.mask_out) if side is not None]
+    if (
+        any(isinstance(side, KLPriorConfig) or side.objective != "hinge" for side in sides)
+        or preset.price.rule != "fixed"
+    ):
+        raise UsageError(
+            f"{where}: only hinges at a fixed price know what to ask of a wrong class; take --preset "
+            "dabkowski-gal, or fakes=0"
+        )
 
 
 def describe(preset: Preset) -> dict[str, Any]:

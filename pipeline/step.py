@@ -4,7 +4,8 @@ This is the plain form, the oracle of any faster one.  It differs from the publi
 purpose: every gradient is taken before any weight moves (the reference moves the classifier under the masker's
 backward pass), a drawn earlier classifier really judges the masks and the whole pictures that they are compared with (the
 reference loads it and asks the current one), and the classifier's BatchNorm statistics are those of clean pictures.  ``Preset.compat = "published"`` moves the classifier
-on its clean loss before it judges the masks, lets masked pictures shift its statistics, and never asks a drawn one.
+on its clean loss before it judges the masks, and lets masked pictures shift its statistics; ``PopulationConfig.inert``
+never asks a drawn one.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pipeline import collective
 from pipeline.acceleration import accelerate
 from pipeline.area_price import Price, next_price
 from pipeline.batchnorm import frozen_statistics
-from pipeline.blank import blank_loss, unit_of, wide
+from pipeline.blank import blank_answer, blank_loss, unit_of, wide
 from pipeline.clean_cache import CleanCache
 from pipeline.fills import Fill
 from pipeline.masking import mask_in, mask_out, upsample
@@ -168,7 +169,8 @@ class JointStep:
             self._apply(self.masker_optimiser, self.masker_parameters, [g * scale for g in masker_gradients])
         if self.population is not None and phase == "joint":
             self.population.observe(step, self.model.backbone)
-        settling = self.scratch and self.joint and course < self.preset.price.settling
+        unsettled = self.scratch and self.joint and not self.model.masker.target_area
+        settling = unsettled and course < self.preset.price.settling
         return self._finish(dict(zip(logs, numbers.tolist(), strict=True)), phase, settling)
 
     def losses(
@@ -233,9 +235,11 @@ class JointStep:
         mask = upsample(native, (x.shape[2], x.shape[3]), masker.upsample)  # (n, 1, S, S)
         asked = None if drawn is None or self.population is None or self.population.config.inert else drawn
         judge = backbone if asked is None or self.population is None else self.population.network(asked, backbone)
-        unit = unit_of(judge, self.blank)
+        with torch.no_grad():
+            nothing = blank_answer(judge, self.blank)  # (C,)
+        unit = unit_of(nothing)
         whole = clean.logits.detach()
-        if asked is not None:  # an earlier classifier that is wrong on the whole picture would reward an empty mask
+        if asked is not None and self.population is not None and self.population.config.own_clean:
             with torch.no_grad(), frozen_statistics(judge), self.autocast:
                 whole = wide(judge(x).logits)
         right = whole.argmax(1) == labels
@@ -256,7 +260,7 @@ class JointStep:
             statistics = nullcontext() if preset.compat == "published" else frozen_statistics(judge)
             with statistics, self.autocast:
                 answer = wide(judge(show(x, mask, self.fill, generator)).logits)
-            loss = self._side(config, mask, answer, whole, batch._replace(labels=told), fake, unit, divisor)
+            loss = self._side(config, mask, answer, whole, batch, fake, unit, divisor)
             masker_loss = masker_loss + weight * loss
             if drawn is None:
                 learnt = F.cross_entropy(answer, labels, reduction="none")  # (n,)
@@ -270,6 +274,8 @@ class JointStep:
                 log_q = F.log_softmax(answer.detach(), 1)
                 entropy = -(log_q.exp() * log_q).sum(1)  # (n,)
                 logs["hidden"] = (right * entropy / unit).sum() / divisor
+                given_away = right & (answer.detach().argmax(1) == labels) & (labels != nothing.argmax())
+                logs["leak"] = given_away.to(unit).sum() / divisor
         logs["masker_loss"] = masker_loss.detach()
         # In the published order a step without masked pictures leaves the classifier nothing more to learn.
         learns = classifier_learns and classifier_loss.requires_grad
@@ -334,9 +340,9 @@ class JointStep:
         self, labels: Tensor, outputs: int, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor | None]:
         """The classes that the masker is to explain, (n,), and which of them are fakes, (n,) bool; none without fakes."""
-        if not self.preset.fakes:
-            return labels, None
         classes = torch.arange(outputs, device=labels.device) if self.classes is None else self.classes
+        if not self.preset.fakes or len(classes) < 2:
+            return labels, None
         fake = torch.rand(len(labels), generator=generator, device=labels.device) < self.preset.fakes
         steps = torch.randint(1, len(classes), (len(labels),), generator=generator, device=labels.device)
         others = classes[(torch.searchsorted(classes, labels) + steps) % len(classes)]
@@ -365,13 +371,14 @@ class JointStep:
     def _finish(self, logs: dict[str, float], phase: str, settling: bool) -> dict[str, float]:
         if phase == "joint":
             right = max(logs.pop("judge_right"), 1e-6)
-            if "hidden" in logs:
-                logs["hidden"] /= right
+            for name in ("hidden", "leak"):
+                if name in logs:
+                    logs[name] /= right
             self.price = next_price(
                 self.preset.price,
                 self.price,
                 entropy_share=logs.get("hidden"),
-                leak=logs["out_right"] / right if "out_right" in logs else None,
+                leak=logs.get("leak"),
                 sufficiency=logs["in_right"] / right if "in_right" in logs else None,
                 mean_area=logs["mask_mean"],
                 settling=settling,

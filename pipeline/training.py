@@ -46,7 +46,7 @@ NOTICE_SECONDS = 5.0
 """Seconds between two looks at whether a machine is about to be taken away; Ray looks as often."""
 LOG_COLUMNS: tuple[str, ...] = (
     "step", "phase", "course", "seconds", "clean_loss", "clean_right", "masker_loss", "in_right", "out_right",
-    "mask_mean", "hidden", "unit", "price", "waiting",
+    "mask_mean", "hidden", "leak", "unit", "price", "waiting",
 )  # fmt: skip
 
 

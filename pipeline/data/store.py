@@ -6,6 +6,7 @@ Objects appear whole or not at all: a local file by rename, a remote one by a si
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import re
@@ -225,7 +226,8 @@ def write_bytes(place: str, data: bytes, *, temporary: str | None = None) -> Non
             os.fsync(file.fileno())  # a rename may reach the disk before the data does
         part.replace(target)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the folder may be none
+            part.unlink(missing_ok=True)
         raise StoreError(
             f"{place}: cannot be written ({error.strerror or error}); free space or fix the permissions"
         ) from error

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pipeline.blank import unit_of
+from pipeline.blank import blank_answer, unit_of
 from pipeline.fills import FILLS, Zero
 from pipeline.presets import PRESETS
 from pipeline.step import JointStep
@@ -45,13 +45,15 @@ def test_the_unit_is_what_a_blank_picture_says() -> None:
     judge = step.model.backbone.eval()
     q = judge(torch.zeros(1, 3, SIZE, SIZE, dtype=torch.float64)).logits.softmax(1)
     entropy = (-(q * q.log()).sum()).item()
-    assert float(unit_of(judge, step.blank)) == pytest.approx(max(entropy, 0.25 * torch.tensor(4.0).log().item()))
+    assert unit_of(blank_answer(judge, step.blank)).item() == pytest.approx(
+        max(entropy, 0.25 * torch.tensor(4.0).log().item())
+    )
     head = step.model.backbone.head
     assert head is not None
     with torch.no_grad():
         head.weight.zero_()
         head.bias.copy_(torch.tensor([50.0, 0, 0, 0]))  # a classifier that is sure of nothing at all
-    assert float(unit_of(judge, step.blank)) == pytest.approx(0.25 * torch.tensor(4.0).log().item())
+    assert unit_of(blank_answer(judge, step.blank)).item() == pytest.approx(0.25 * torch.tensor(4.0).log().item())
 
 
 def test_relative_units_do_not_depend_on_the_scale_of_the_answers() -> None:

@@ -12,7 +12,7 @@ from pipeline.backbone import choose_taps, create_classifier, pyramid, tap_class
 from pipeline.errors import UsageError
 from pipeline.fills import make_fill
 from pipeline.model import SaliencyModel, build_masker
-from pipeline.objectives import KLPriorConfig, SideConfig
+from pipeline.objectives import KLPriorConfig, SideConfig, side_loss
 from pipeline.population import Population, PopulationConfig
 from pipeline.presets import PRESETS, Preset
 from pipeline.settings import configure, describe
@@ -34,7 +34,13 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "as published": ("compat=published", "population.inert=true"),
     "frozen": ("classifier=frozen",),
     "hinge": ("mask_in=hinge", "mask_out=hinge"),
-    "fake classes": ("masker.class_conditional=true", "fakes=0.5"),
+    "fake classes": (
+        "mask_in=hinge",
+        "mask_out=hinge",
+        "price.rule=fixed",
+        "masker.class_conditional=true",
+        "fakes=0.5",
+    ),
 }
 
 
@@ -104,6 +110,30 @@ def test_fakes_are_other_classes_of_the_data() -> None:
     step.classes = torch.tensor([0, 1, 3])
     told, fake = step._told_classes(labels, CLASSES, torch.Generator().manual_seed(0))
     assert fake is not None and set(told[fake].tolist()) == {0, 1, 3} and bool((told != labels)[fake].all())
+
+
+def test_the_masker_is_told_the_wrong_class_and_judged_by_the_right_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a masker told a wrong class, hiding nothing is best: the true label then leads masked-out and trails masked-in."""
+    step = step_for(configure("dabkowski-gal", ["fakes=0.999", "mask_out.lambda_area=0", "mask_out.lambda_tv=0"]))
+    batch = a_batch()
+    told: list[torch.Tensor] = []
+    judged: list[tuple[torch.Tensor, torch.Tensor]] = []
+    masker = step.model.masker.forward
+    monkeypatch.setattr(step.model.masker, "forward", lambda *a, **k: told.append(k["labels"]) or masker(*a, **k))
+    monkeypatch.setattr(
+        "pipeline.step.side_loss", lambda *a, **k: judged.append((k["labels"], k["flipped"])) or side_loss(*a, **k)
+    )
+    step.losses(batch, divisor=6, phase="joint", drawn=None, generator=torch.Generator().manual_seed(3))
+    assert bool((told[0] != batch.labels).all()) and len(judged) == 2
+    assert all(torch.equal(labels, batch.labels) and bool(fake.all()) for labels, fake in judged)
+
+
+def test_data_of_one_class_has_no_wrong_one() -> None:
+    step = step_for(PRESETS["dabkowski-gal"])
+    step.classes = torch.tensor([2])
+    labels = torch.tensor([2, 2])
+    told, fake = step._told_classes(labels, CLASSES, None)
+    assert fake is None and torch.equal(told, labels)
 
 
 def test_same_generator_same_step() -> None:
@@ -188,9 +218,10 @@ def test_a_wrong_setting_is_said_in_one_line(setting: str, says: str) -> None:
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_prior_has_no_fakes() -> None:
-    with pytest.raises(UsageError, match="KL to the prior"):
-        configure("dabkowski-gal", ["mask_out=kl-prior"])
+@pytest.mark.parametrize("setting", ["mask_out=kl-prior", "mask_in=classification", "price.rule=entropy"])
+def test_fakes_are_for_hinges_at_a_fixed_price(setting: str) -> None:
+    with pytest.raises(UsageError, match="only hinges at a fixed price"):
+        configure("dabkowski-gal", [*(["price.initial=2"] if "rule" in setting else []), setting])
 
 
 def test_a_method_needs_a_side() -> None:

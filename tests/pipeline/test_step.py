@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.area_price import AreaPriceConfig, Price, next_price
+from pipeline.area_price import RESCUE, AreaPriceConfig, Price, next_price
 from pipeline.backbone import choose_taps, create_classifier, pyramid, tap_classifier
 from pipeline.fills import Zero
 from pipeline.masking import mask_in, mask_out, upsample
@@ -147,10 +147,11 @@ def test_ca_moves_both_and_masked_pictures_leave_the_statistics_alone() -> None:
     )
 
 
-def test_a_drawn_classifier_judges_the_masks() -> None:
+@pytest.mark.parametrize("own", [True, False])
+def test_a_drawn_classifier_judges_the_masks(own: bool) -> None:
     """With the population in use, the masker's loss is that of the drawn state and not of the current one."""
     model = a_model()
-    population = Population(config=PopulationConfig(probability=1.0, save_every=1, size=1), seed=0)
+    population = Population(config=PopulationConfig(probability=1.0, save_every=1, size=1, own_clean=own), seed=0)
     fixed = AreaPriceConfig(rule="fixed", initial=3.0)
     preset = replace(PRESETS["ca"], weight_blank=0.0, relative_units=False, price=fixed)
     step = a_step(model, preset, population)
@@ -167,7 +168,7 @@ def test_a_drawn_classifier_judges_the_masks() -> None:
     logits, features = model.backbone.eval()(batch.images)
     mask = upsample(torch.sigmoid(model.masker({k: v.detach() for k, v in features.items()})), (SIZE, SIZE))
     judge = population.network(0, model.backbone)
-    whole = judge(batch.images).logits  # its own, by which a picture counts as recognised
+    whole = (judge if own else model.backbone)(batch.images).logits  # by which a picture counts as recognised
     assert float(drawn.logs["judge_right"]) == pytest.approx(float((whole.argmax(1) == batch.labels).double().mean()))
     total = torch.zeros((), dtype=torch.float64)
     for config, masked in ((preset.mask_in, mask_in), (preset.mask_out, mask_out)):
@@ -211,6 +212,30 @@ def test_population_draws_depend_on_seed_and_step_alone() -> None:
     assert torch.equal(restored.network(1, network).weight, one.snapshots[1]["weight"])
 
 
+def test_the_price_is_told_what_the_step_has_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A leak is a picture recognised whole and masked-out, unless a blank one is taken for its class."""
+    model, batch = a_model(), a_batch()
+    step = a_step(model, PRESETS["ca"], scratch=True)
+    told: list[dict] = []
+    monkeypatch.setattr("pipeline.step.next_price", lambda *a, **k: told.append(k) or next_price(*a, **k))
+    with torch.no_grad():
+        logits, features = model.backbone.eval()(batch.images)
+        mask = upsample(torch.sigmoid(model.masker({k: v.detach() for k, v in features.items()})), (SIZE, SIZE))
+        nothing = int(model.backbone(step.blank).logits.argmax())
+        left = model.backbone(mask_out(batch.images, mask)).logits.argmax(1)
+    labels = left.clone()
+    labels[0] = (left[0] + 1) % CLASSES
+    batch = batch._replace(labels=labels)
+    right = logits.argmax(1) == labels
+    leaks = right & (left == labels) & (labels != nothing)
+    for course in (0.1, 0.3):
+        twin = copy.deepcopy(model)
+        a_step(twin, PRESETS["ca"], scratch=True)(batch, step=0, divisor=6, phase="joint", course=course)
+    assert [seen["settling"] for seen in told] == [True, False]
+    assert told[0]["leak"] == pytest.approx(float(leaks.sum() / max(1, int(right.sum()))))
+    assert told[0]["mean_area"] == pytest.approx(float(mask.mean()), abs=1e-3)
+
+
 def test_masks_that_follow_slowly_do_not_swing() -> None:
     """Against a mask that grows and shrinks some steps behind its price, as maskers do, the price comes to rest."""
     config = AreaPriceConfig(rule="entropy", target=0.7, sufficiency=0.8, initial=2.5, lowest=2.5)
@@ -243,7 +268,7 @@ def test_the_price_holds_what_it_is_told_to_hold() -> None:
     assert charged(0.9, 1.0, 0.5, leak=0.4) > 4.0 > charged(0.9, 1.0, 0.5, leak=0.4, largest_leak=0.3), "gives it away"
     assert charged(0.9, None, 0.5) > 4.0 > charged(None, 0.6, 0.5), "with one side only, that side decides"
     assert charged(0.1, 1.0, 0.5) == config.lowest, "never below the published weight ..."
-    assert moved(0.99, 1.0, 0.01).charged == pytest.approx(4.0 * math.exp(-1.0 * (config.response + config.speed)))
+    assert charged(0.99, 1.0, 0.01) == charged(0.99, 1.0, 0.01, response=0.0) == RESCUE, "... but to bring masks back"
     lenient = charged(0.1, 0.2, 0.5)
     assert lenient == pytest.approx(config.lowest * math.exp(-config.response * 0.2)), "... but to show more"
     assert charged(0.1, 0.2, 0.5, leak=0.5, largest_leak=0.3) == pytest.approx(
@@ -258,6 +283,8 @@ def test_the_price_holds_what_it_is_told_to_hold() -> None:
     assert moved(0.9, 0.5, 0.5, rule="fixed") == start
     assert charged(1.0, 1.0, 1.0, highest=4.5) == 4.5
     assert charged(0.0, 0.0, 0.5, rule="area", target=0.3) > 4.0
-    for wrong in ({"rule": "magic"}, {"target": 1.5}, {"initial": 0.0}):
+    for wrong in (
+        {"rule": "magic"}, {"target": 1.5}, {"initial": 0.0}, {"response": -1.0}, {"settling": 1.0}, {"largest_area": 0.03},
+    ):  # fmt: skip
         with pytest.raises(ValueError, match="area price"):
             AreaPriceConfig(**wrong)
