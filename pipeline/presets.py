@@ -20,8 +20,7 @@ their place, so that one preset holds from 10 classes to 1000, from 64 to 224 pi
    weight is scaled by 224 / input size.
 4. *Nothing.*  A classifier that learns along has to answer masked pictures, and among few classes it soon takes one of
    them for the answer to emptiness; the masks of that class then vanish, since nothing is enough to recognise it.  Such
-   a classifier therefore also learns that a blank picture may be any class of the data, and learns hardly anything from
-   pictures that show hardly anything.
+   a classifier therefore also learns that a blank picture may be any class of the data.
 
 A classifier that starts from random weights is first trained by itself (`pretraining`), since the size term and the
 entropy term count only images that it gets right.
@@ -80,9 +79,6 @@ class Preset:
     weight_out: float = 1.0
     weight_blank: float = 0.0
     """Weight of the blank picture in what a classifier that learns along minimises (rule 4)."""
-    shown_enough: float = 0.0
-    """A masked picture that shows a smaller share than this of the whole teaches a classifier that learns along in
-    proportion to the share (rule 4)."""
     relative_units: bool = True
     """Divide the objectives by the uncertainty of a blank picture (rule 1) and scale TV with resolution (rule 3)."""
     price: AreaPriceConfig = field(default_factory=AreaPriceConfig)
@@ -187,7 +183,6 @@ PRESETS: dict[str, Preset] = {
             mask_in=_IN,
             mask_out=_OUT,
             weight_blank=1.0,
-            shown_enough=0.1,
             population=PopulationConfig(probability=0.5, save_every=50, size=10, own_clean=True),
             pretraining=0.3,
             # A classifier that learns along reads more out of what a mask leaves, so that less can be asked of the mask.

@@ -29,7 +29,7 @@ from pipeline.clean_cache import CleanCache
 from pipeline.fills import Fill
 from pipeline.masking import mask_in, mask_out, upsample
 from pipeline.model import SaliencyModel
-from pipeline.objectives import KLPriorConfig, SideConfig, kl_prior_criterion, mask_area, side_loss
+from pipeline.objectives import KLPriorConfig, SideConfig, kl_prior_criterion, side_loss
 from pipeline.population import Population
 from pipeline.presets import Preset
 
@@ -263,12 +263,7 @@ class JointStep:
             loss = self._side(config, mask, answer, whole, batch, fake, unit, divisor)
             masker_loss = masker_loss + weight * loss
             if drawn is None:
-                learnt = F.cross_entropy(answer, labels, reduction="none")  # (n,)
-                if preset.shown_enough:
-                    area = mask_area(mask.detach())
-                    seen = area if name == "in" else 1 - area
-                    learnt = learnt * (seen / preset.shown_enough).clamp(max=1.0)
-                classifier_loss = classifier_loss + weight * learnt.sum() / divisor
+                classifier_loss = classifier_loss + weight * F.cross_entropy(answer, labels, reduction="sum") / divisor
             logs[f"{name}_right"] = (answer.detach().argmax(1) == labels).to(unit).sum() / divisor
             if name == "out":
                 log_q = F.log_softmax(answer.detach(), 1)
