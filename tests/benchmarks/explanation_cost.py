@@ -67,7 +67,7 @@ def measure(flags: argparse.Namespace, folder: Path) -> dict[str, dict[str, floa
             "plain_graph": lambda images=images: plain.run(["logits"], {"image": images}),
             "graph_with_mask": lambda images=images, names=names: with_mask.run(names, {"image": images}),
             "torch_with_mask": lambda x=x: forward(model, x),
-            "grad_cam": grad_cam(model, x),
+            "grad_cam": grad_cam(flags.init, x),
         }
         times = in_turns(contestants, flags.rounds)
         result[f"batch {batch}"] = {
@@ -122,23 +122,16 @@ def forward(model: SaliencyModel, x: torch.Tensor) -> object:
     return model(x)
 
 
-def grad_cam(model: SaliencyModel, x: torch.Tensor) -> Callable[[], object]:
-    """Grad-CAM of the predicted class at the deepest map."""
+def grad_cam(init: str, x: torch.Tensor) -> Callable[[], object]:
+    """Grad-CAM of the predicted class at the deepest map of the classifier as its library makes it."""
     from pytorch_grad_cam import GradCAM
 
-    class Logits(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.backbone = model.backbone
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.backbone(x).logits
-
-    network = Logits().eval().requires_grad_(True)
-    layers = [module for name, module in network.named_modules() if name.endswith("layer4")]
+    source, name = parse_init(init)
+    network = create_classifier(source, name, outputs=CLASSES, arguments={}).eval()
+    layers = [module for name, module in network.named_modules() if name == "layer4"]
     layers = layers or [m for m in network.modules() if isinstance(m, torch.nn.Conv2d)][-1:]
     cam = GradCAM(model=network, target_layers=layers)
-    return lambda: cam(input_tensor=x)
+    return lambda: cam(input_tensor=x, targets=None)  # the class with the highest answer
 
 
 def in_turns(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
