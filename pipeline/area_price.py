@@ -40,7 +40,8 @@ class AreaPriceConfig:
     shrinking, not by having a size, so a price that only adds misfits up would swing for ever (the proportional term of
     PID Lagrangian methods, Stooke et al. 2020)."""
     lowest: float = 2.0
-    """The price does not fall below this, but as the next slots say; 2 is the published weight in units of log C (10 to 15 over log 1000)."""
+    """The price does not fall below this, but as the next slots say; 2 is the published weight in units of log C (10 to 15
+    over log 1000)."""
     highest: float = 30.0
     smallest_area: float = 0.04
     """Under this mean area the price is next to nothing, whatever the uncertainty says: such masks are on their way to
@@ -97,13 +98,15 @@ def next_price(
 
     ``entropy_share``: entropy of the masked-out pictures over that of a blank one, averaged over the pictures that
     the classifier gets right; ``leak``: share of these that it also gets right masked-out, and not by chance;
-    ``sufficiency``: pictures recognised masked-in over those recognised whole; each none where the method has no such side.  ``mean_area``: mean mask of the step, in [0, 1].
+    ``sufficiency``: pictures recognised masked-in over those recognised whole; each none where the method has no such side.
+    ``mean_area``: mean mask of the step, in [0, 1].
     ``settling``: whether the classifier has yet to see masked pictures (`AreaPriceConfig.settling`).
     """
     if config.rule == "fixed":
         return price
     if mean_area < config.smallest_area:
-        return Price(max(price.held * math.exp(-config.speed), min(price.held, config.lowest)), RESCUE)
+        falling = max(price.held * math.exp(-config.speed), config.lowest)
+        return Price(min(price.held, falling), RESCUE)
     lowest, floor = config.lowest, config.lowest  # of the held price and of the charged one
     if config.rule == "area":
         misfit = mean_area - config.target

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Reduction = Literal["mean", "none"]
+FLIPPED_MARGIN = 1.0
+"""Margin of the hinge where a masker was told a wrong class, in logits."""
 
 
 def reduce(per_image: Tensor, reduction: Reduction = "mean", divisor: float | None = None) -> Tensor:
@@ -196,7 +198,7 @@ def side_loss(
     """L + R + T of one side; ``lambda_area`` (a number or 0-d tensor) takes the place of the configured weight.
 
     ``flipped``: (B,) bool, images whose mask is that of a class which they are not of: there the hinge has the other
-    direction and a margin of 1, so that an empty mask is best (Dabkowski & Gal 2017, released code).
+    direction and the margin `FLIPPED_MARGIN`, so that an empty mask is best (Dabkowski & Gal 2017, released code).
     """
     clean_right = logits_clean.argmax(dim=1) == labels
     masked_right = logits_masked.argmax(dim=1) == labels
@@ -204,7 +206,8 @@ def side_loss(
 
     per_image = _signed_objective(config, logits_masked, labels, clean_right)
     if flipped is not None:
-        other = replace(config, direction="minimize" if config.direction == "maximize" else "maximize", margin=1.0)
+        direction = "minimize" if config.direction == "maximize" else "maximize"
+        other = replace(config, direction=direction, margin=FLIPPED_MARGIN)
         per_image = torch.where(flipped, _signed_objective(other, logits_masked, labels, clean_right), per_image)
     objective = reduce(per_image, reduction, divisor)
 

@@ -209,7 +209,7 @@ PRESETS: dict[str, Preset] = {
         _casm("casm-l1000", 10.0, PopulationConfig(save_every=1000), "earlier classifiers, one kept every 1000 steps"),
         Preset(
             name="dabkowski-gal",
-            summary="real-time saliency's released loss: hinges, random fills, a masker that is told the class, at times a wrong one",
+            summary="real-time saliency's released loss: hinges, random fills, a masker told the class, at times a wrong one",
             classifier="frozen",
             mask_in=SideConfig(side="in", objective="hinge", margin=1.0, lambda_area=0.0),
             mask_out=SideConfig(

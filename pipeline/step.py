@@ -335,8 +335,10 @@ class JointStep:
         self, labels: Tensor, outputs: int, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor | None]:
         """The classes that the masker is to explain, (n,), and which of them are fakes, (n,) bool; none without fakes."""
+        if not self.preset.fakes:
+            return labels, None
         classes = torch.arange(outputs, device=labels.device) if self.classes is None else self.classes
-        if not self.preset.fakes or len(classes) < 2:
+        if len(classes) < 2:
             return labels, None
         fake = torch.rand(len(labels), generator=generator, device=labels.device) < self.preset.fakes
         steps = torch.randint(1, len(classes), (len(labels),), generator=generator, device=labels.device)
