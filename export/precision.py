@@ -111,14 +111,17 @@ def _before(node: onnx.NodeProto, makers: dict[str, onnx.NodeProto]) -> list[onn
     return list(found.values())
 
 
-def _last_layer(node: onnx.NodeProto, makers: dict[str, onnx.NodeProto]) -> set[str]:
-    """Names of the convolutions nearest to ``node`` upstream, and of what stands between."""
+def _last_layer(node: onnx.NodeProto, makers: dict[str, onnx.NodeProto], *, parts: int = 2) -> set[str]:
+    """Names of the masker's last convolution, and of what stands between it and ``node``.
+
+    It is computed in two parts (`Masker`): filters on each layer's maps, and, up-sampled, their sum over the window.
+    """
     found = {node.name}
     if node.op_type in ("Conv", "Gemm", "MatMul"):
-        return found
-    for name in node.input:
+        parts -= 1
+    for name in node.input if parts else ():
         if name in makers:
-            found |= _last_layer(makers[name], makers)
+            found |= _last_layer(makers[name], makers, parts=parts)
     return found
 
 

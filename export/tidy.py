@@ -1,4 +1,4 @@
-"""Removes from an exported graph the arithmetic on shapes that are known beforehand.
+"""Removes from an exported graph the arithmetic on shapes, and on weights, that is known beforehand.
 
 PyTorch's exporter computes sizes while the graph runs as soon as one dimension (here the batch) is dynamic:
 Shape, Concat and Gather nodes that feed Resize, Reshape and Expand.  Each of them keeps a parser busy, and TensorRT
@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
 Dims = list[int | str]
 """Sizes of a value's dimensions: ints, names of dynamic dimensions, and "" for unknown ones."""
@@ -27,10 +28,32 @@ def tidy(model: onnx.ModelProto) -> onnx.ModelProto:
             _constant_reshape(graph, node, values)
         elif node.op_type == "Expand":
             _constant_expand(graph, node, dims, values)
+    _cut_weights(graph)
     remove_dead(graph)
     _cast_first(graph)
     _strip_provenance(graph)
     return model
+
+
+_CUTS = ("Split", "Slice", "Transpose", "Reshape", "Squeeze", "Unsqueeze")
+
+
+def _cut_weights(graph: onnx.GraphProto) -> None:
+    """Do once what the graph would do in every run: cut and turn weights, as the parts of the masker's last layer are.
+
+    The exporter leaves it to the runtime when there are more than a thousand of them.
+    """
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type in _CUTS and all(name in constants for name in node.input if name):
+            inputs = {name: numpy_helper.to_array(constants[name]) for name in node.input if name}
+            for name, value in zip(node.output, ReferenceEvaluator(node).run(None, inputs), strict=True):
+                constants[name] = numpy_helper.from_array(np.ascontiguousarray(value), name)
+                graph.initializer.append(constants[name])
+    computed = {tensor.name for tensor in graph.initializer}
+    kept = [node for node in graph.node if not computed & set(node.output)]
+    del graph.node[:]
+    graph.node.extend(kept)
 
 
 def known_dims(model: onnx.ModelProto) -> dict[str, Dims]:

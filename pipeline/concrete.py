@@ -43,17 +43,16 @@ def concrete_sample(logits: Tensor, uniform: Tensor, temperature: Tensor | float
 
 
 class ConcreteHead(nn.Module):
-    """The masker's last convolution and the rule from logits to masks; tensors are called ``conv.*`` as published."""
+    """The masker's last convolution, which the masker applies, and the rule from logits to masks.
+
+    Tensors are called ``conv.*`` as published.
+    """
 
     def __init__(self, channels: int, config: ConcreteConfig) -> None:
         super().__init__()
         self.config = config
         self.conv = nn.Conv2d(channels, 1, kernel_size=3, padding=1)
         self.tau = nn.Parameter(torch.tensor(0.1)) if config.temperature is None else None
-
-    def forward(self, features: Tensor) -> Tensor:
-        """``features`` (N, channels, h, w) -> logits (N, 1, h, w)."""
-        return self.conv(features)
 
     def masks(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Logits -> masks of the same shape: sampled in train mode, without noise in eval mode (hard: logit > 0)."""

@@ -149,3 +149,47 @@ def test_a_learned_temperature_starts_at_a_tenth_and_learns() -> None:
 def test_wrong_concrete_settings_are_quoted(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=str(next(iter(options.values())))):
         ConcreteConfig(**options)
+
+
+@pytest.mark.parametrize(
+    "taps, options",
+    [
+        ({3: 7, 4: 9}, {}),
+        ({0: 24, 1: 5, 4: 6}, {"raw_first": True}),
+        ({0: 64, 2: 6}, {"target_area": True, "class_count": 4}),
+        ({1: 5, 2: 6}, {"concrete": ConcreteConfig()}),
+    ],
+)
+def test_the_last_convolution_before_the_upsampling_is_the_one_after_it(
+    taps: dict[int, int], options: dict[str, Any]
+) -> None:
+    torch.manual_seed(1)
+    masker = Masker(taps=taps, mask_size=(6, 6), **options).double()
+    features = {layer: map_.double().requires_grad_() for layer, map_ in maps(taps).items()}
+    conditions: dict[str, Tensor] = {}
+    if "class_count" in options:
+        conditions = {"target_area": torch.tensor([0.2, 0.7]).double(), "labels": torch.tensor([1, 3])}
+    logits, plain = masker(features, **conditions), as_the_paper_says(masker, features, **conditions)
+    torch.testing.assert_close(logits, plain, atol=1e-12, rtol=1e-12)
+    wanted = [*features.values(), *masker.parameters()]
+    for fast, slow in zip(
+        torch.autograd.grad((logits**2).sum(), wanted, allow_unused=True),
+        torch.autograd.grad((plain**2).sum(), wanted, allow_unused=True),
+        strict=True,
+    ):
+        torch.testing.assert_close(fast, slow, atol=1e-10, rtol=1e-10)
+
+
+def as_the_paper_says(masker: Masker, features: dict[int, Tensor], **conditions: Tensor) -> Tensor:
+    """Up-sample every layer's maps, stack them, convolve the stack."""
+    constants = masker._constants(features[masker.layers[0]], conditions.get("target_area"), conditions.get("labels"))
+    stack = []
+    for layer in masker.layers:
+        part = features[layer]
+        if constants is not None:
+            part = torch.cat([part, constants.expand(-1, -1, *part.shape[2:])], dim=1)
+        if layer not in masker.raw:
+            part = getattr(masker, f"conv1x1_{layer}")(part)
+        stack.append(nn.functional.interpolate(part, size=masker.mask_size, mode="bilinear", align_corners=False))
+    last = next(module for module in masker.final.modules() if isinstance(module, nn.Conv2d))
+    return last(torch.cat(stack, dim=1))
