@@ -84,6 +84,10 @@ def check_config(config: BuildConfig, backend: Backend) -> None:
             known = [name[2:] for name in dir(backend.trt.ComputeCapability) if name.startswith("SM")]
             there = ", ".join(f"{name[:-1]}.{name[-1]}" for name in sorted(known, key=int))
             raise UsageError(f"--compute-capability {wanted}: {backend.name} {backend.version} builds for {there}")
+    if rtx and config.refit and not gpus():
+        raise UsageError(
+            "--refit: tensorrt-rtx builds refittable plans where there is a GPU only; build there, or leave it out"
+        )
     if config.opt_level is not None and not 0 <= config.opt_level <= 5:
         raise UsageError(f"--opt-level {config.opt_level}: use 0 to 5")
     if config.workspace is not None and config.workspace < 1:
@@ -158,7 +162,9 @@ def _configure(settings: Any, backend: Backend, config: BuildConfig) -> list[str
             notes.append("tensorrt-rtx has no timing cache: it chooses kernels on the GPU that runs the plan")
         else:
             known = config.timing_cache.read_bytes() if config.timing_cache.is_file() else b""
-            settings.set_timing_cache(settings.create_timing_cache(known), ignore_mismatch=False)
+            cache = settings.create_timing_cache(known)
+            if cache is None or not settings.set_timing_cache(cache, ignore_mismatch=False):
+                raise UsageError(f"--timing-cache {config.timing_cache} is none, or another version's; give a new file")
     return notes
 
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from export.files import file_sha256
 from export.gpu import gpus
 from export.manifest import METADATA_KEY, Manifest, parse_manifest
 from pipeline.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Provider = Literal["auto", "cpu", "cuda", "tensorrt"]
 Kind = Literal["torch", "onnxruntime", "tensorrt"]
@@ -73,6 +76,13 @@ class Engine(Protocol):
 
     def outputs(self, images: np.ndarray) -> dict[str, np.ndarray]:
         """Every output of the graph by name, as it is."""
+        ...
+
+    def tensors(self, images: Tensor) -> dict[str, Tensor]:
+        """`outputs` of ``images`` (N, S, S, 3) uint8 that lie where the engine runs, on the CPU or a GPU.
+
+        Nothing goes through the host; results are ready for whatever torch's current stream does next.
+        """
         ...
 
 
@@ -141,6 +151,20 @@ def checked(images: np.ndarray, info: EngineInfo) -> np.ndarray:
     return np.ascontiguousarray(images)
 
 
+def checked_tensor(images: Tensor, info: EngineInfo) -> Tensor:
+    """``images`` as a contiguous tensor, after making sure that the graph takes them and that they lie where it runs."""
+    device, name = images.device.type, str(images.dtype).removeprefix("torch.")
+    if device != ("cpu" if info.provider == "cpu" else "cuda"):
+        raise ValueError(
+            f"{info.path} runs on {info.provider}, the images lie on {device}; move them, or use outputs()"
+        )
+    if (*images.shape[1:], name) != (info.input_size, info.input_size, 3, "uint8"):
+        raise ValueError(
+            f"an engine takes uint8 images (N, {info.input_size}, {info.input_size}, 3), not {name} {tuple(images.shape)}"
+        )
+    return images.contiguous()
+
+
 def as_soft_mask(mask: np.ndarray) -> np.ndarray:
     """A mask output as float32 in [0, 1], whether the graph gives floats or bytes."""
     return mask.astype(np.float32) / 255 if mask.dtype == np.uint8 else mask.astype(np.float32, copy=False)
@@ -167,6 +191,26 @@ class OnnxEngine:
         """See `Engine.outputs`."""
         found = self._session.run(self._names, {"image": checked(images, self.info)})
         return {name: np.asarray(value) for name, value in zip(self._names, found, strict=True)}
+
+    def tensors(self, images: Tensor) -> dict[str, Tensor]:
+        """See `Engine.tensors`; graphs of one image size only."""
+        import torch
+
+        images = checked_tensor(images, self.info)
+        where = (images.device.type, images.device.index or 0)
+        binding = self._session.io_binding()
+        binding.bind_input("image", *where, np.uint8, tuple(images.shape), images.data_ptr())
+        found = {}
+        for port in self.info.manifest["outputs"]:
+            shape = (len(images), *(int(size) for size in port["shape"][1:]))
+            room = torch.empty(shape, dtype=getattr(torch, port["dtype"]), device=images.device)
+            binding.bind_output(port["name"], *where, np.dtype(port["dtype"]), shape, room.data_ptr())
+            found[port["name"]] = room
+        if where[0] == "cuda":  # ONNX Runtime works in a stream of its own
+            torch.cuda.current_stream(images.device).synchronize()
+        self._session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+        return found
 
 
 def info_of(

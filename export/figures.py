@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import rankdata
 
-from export.engine import Engine
+from export.engine import Engine, as_soft_mask
 from export.gate_images import GateImages
 from pipeline.metrics.boxes import binarize
 
@@ -114,6 +114,21 @@ def localisation(found: Answers, images: GateImages, size: int) -> dict[str, flo
     table = tally.table()
     names = ["LE", "F1"] + (["OM"] if targets is not None else [])
     return {name: float(np.nanmean(table[name])) for name in names}
+
+
+def further_outputs(reference: Engine, tested: Engine, images: np.ndarray) -> dict[str, float]:
+    """Largest difference of each mask output beside the native one: up-sampled, and of the first k classes.
+
+    A class counts where both have it at the same rank; without any such, the difference is 1.
+    """
+    expected, found = reference.outputs(images), tested.outputs(images)
+    worst = {}
+    for name in sorted(expected.keys() - {"logits", "mask", "topk_labels"}):
+        apart = np.abs(as_soft_mask(expected[name]) - as_soft_mask(found[name]))
+        if name == "topk_masks":
+            apart = apart[expected["topk_labels"] == found["topk_labels"]]
+        worst[name] = float(apart.max()) if apart.size else 1.0
+    return worst
 
 
 def batch_sizes(wanted: Sequence[int], limit: int) -> list[int]:

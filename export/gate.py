@@ -9,7 +9,16 @@ from typing import Any
 import numpy as np
 
 from export.engine import Engine
-from export.figures import Answers, answers, batch_invariance, batch_sizes, localisation, per_image, summarise
+from export.figures import (
+    Answers,
+    answers,
+    batch_invariance,
+    batch_sizes,
+    further_outputs,
+    localisation,
+    per_image,
+    summarise,
+)
 from export.gate_images import GateImages
 from pipeline.errors import WorkError
 
@@ -97,10 +106,10 @@ class Thresholds:
         return replace(found, mask_max_abs=1.0) if hard_masks else found
 
     def with_drop(self, drop: float | None) -> Thresholds:
-        """These limits with another most drop, and the IoU of masks allowed to fall as far (``--max-drop``)."""
+        """These limits with another most drop, also of the IoU of masks (``--max-drop``)."""
         if drop is None:
             return self
-        return replace(self, drop=drop, mask_iou=min(self.mask_iou, 1 - drop))
+        return replace(self, drop=drop, mask_iou=1 - drop)
 
 
 # fp16 keeps 11 bits and bf16 8: an error of 2^-11 and 2^-8 in each of some fifty layers, most of which cancel; the
@@ -139,7 +148,7 @@ class Verdict:
     """What the gate found."""
 
     figures: dict[str, Any]
-    """`export.figures.summarise`, ``n_images``, ``dLE``, ``dOM``, ``dF1`` where there are boxes, and ``batch``."""
+    """`export.figures.summarise`, ``n_images``, ``dLE``, ``dOM``, ``dF1`` where there are boxes, ``outputs``, ``batch``."""
     columns: dict[str, np.ndarray]
     """The figures of each image (n,)."""
     reference: Answers
@@ -195,6 +204,7 @@ def judge(
     most = tested.info.max_batch or max([MOST_COMPARED_BATCH, *batches])
     if tested.info.provider == "cpu":
         most = min(most, MOST_COMPARED_BATCH)
+    figures["outputs"] = further_outputs(reference, tested, images.images[:batch])
     figures["batch"] = batch_invariance(tested, images.images, batch_sizes((*batches, most), most))
     errors = check(figures, thresholds)
     return Verdict(
@@ -227,6 +237,9 @@ def check(figures: dict[str, Any], thresholds: Thresholds) -> tuple[ParityError,
         change = figures.get(f"d{name}")
         if change is not None and not worse * change <= thresholds.drop:
             errors.append(LocalisationError(f"d{name}", change, worse * thresholds.drop, least=worse < 0))
+    for name, value in figures["outputs"].items():
+        if not value <= thresholds.mask_max_abs:
+            errors.append(MaskError(name, value, thresholds.mask_max_abs))
     for name, value, kind in batch_figures(figures["batch"]):
         limit = getattr(thresholds, kind)
         if not value <= limit:

@@ -23,7 +23,7 @@ def parser() -> Parser:
     flags.add_argument("--batch", type=int, default=16, metavar="N", help="images run in one go (default 16)")
     flags.add_argument("--provider", choices=["auto", "cpu", "cuda", "tensorrt"], default="auto", help="where to run")
     flags.add_argument("--threads", type=int, metavar="N", help="CPU threads")
-    flags.add_argument("--max-drop", type=float, metavar="X", help="most that LE, OM and F1 may worsen, such as 0.01")
+    flags.add_argument("--max-drop", type=float, metavar="X", help="most that LE, OM, F1 and mask IoU may worsen")
     flags.add_argument("--report", metavar="FILE", help="the report (default: ENGINE.parity.html, JSON beside it)")
     return flags
 
@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from export.files import ensure_writable
     from export.gate import ParityFailure, Thresholds, judge
     from export.gate_images import gate_images
+    from export.graph import GraphConfig
     from export.parity_report import write_report
     from export.torch_engine import TorchEngine
     from export.verify import hard_masks, matching_bundle, open_runnable, progress_bar, verdict_lines
@@ -49,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     engine, notes = open_runnable(Path(arguments.engine), provider=arguments.provider, threads=arguments.threads)
     matching_bundle(engine.info, bundle)
     images = gate_images(bundle.spec, bundle.samples, arguments.data, arguments.images)
-    reference = TorchEngine(bundle.path, threads=arguments.threads, bundle=bundle)
+    options = GraphConfig(**engine.info.manifest.get("options", {}))
+    reference = TorchEngine(bundle.path, threads=arguments.threads, bundle=bundle, config=options)
     thresholds = Thresholds.of(engine.info.precision, hard_masks=hard_masks(bundle)).with_drop(arguments.max_drop)
     profiles = engine.info.manifest.get("profiles", [])
     batches = [profile[key] for profile in profiles for key in ("opt", "max")]

@@ -62,7 +62,9 @@ def _rows(verdict: Verdict) -> list[dict[str, str]]:
     limits = {field.name: getattr(verdict.thresholds, field.name) for field in fields(Thresholds)}
     limits |= dict.fromkeys(("dLE", "dOM", "dF1"), limits["drop"])
     failed = {error.figure for error in verdict.errors}
-    shown = [(name, value, limits.get(name)) for name, value in verdict.figures.items() if name != "batch"]
+    plain = {name: value for name, value in verdict.figures.items() if name not in ("batch", "outputs")}
+    shown = [(name, value, limits.get(name)) for name, value in plain.items()]
+    shown += [(name, value, limits["mask_max_abs"]) for name, value in verdict.figures.get("outputs", {}).items()]
     if "batch" in verdict.figures:
         shown += [(name, value, limits[kind]) for name, value, kind in batch_figures(verdict.figures["batch"])]
     return [

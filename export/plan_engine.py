@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from export.backend import Backend, last_errors, load_backend
-from export.engine import EngineInfo, as_soft_mask, checked, info_of
+from export.engine import EngineInfo, as_soft_mask, checked, checked_tensor, info_of
 from export.files import file_sha256
 from export.gpu import Gpu, gpus
 from export.manifest import Manifest, Profile, read_sidecar
 from pipeline.errors import UsageError, WorkError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SLOTS = 2
 """Sets of buffers: while one batch is computed the next one is copied in and the last one out."""
@@ -133,6 +136,25 @@ class PlanEngine:
             self._collect(*job, found)
         return found
 
+    def tensors(self, images: Tensor) -> dict[str, Tensor]:
+        """See `export.engine.Engine.tensors`."""
+        import torch
+
+        stream = torch.cuda.current_stream(images.device).cuda_stream
+        found: dict[str, list[Tensor]] = {name: [] for name in self._outputs}
+        for part in checked_tensor(images, self.info).split(self.info.max_batch or len(images)):
+            batch = served(self._profiles, len(part))
+            padded = torch.cat([part, part[:1].expand(batch - len(part), -1, -1, -1)]) if batch > len(part) else part
+            room = {
+                name: torch.empty((batch, *shape), dtype=getattr(torch, dtype.name), device=images.device)
+                for name, (dtype, shape) in self._outputs.items()
+            }
+            self.enqueue(padded.data_ptr(), {k: v.data_ptr() for k, v in room.items()}, batch=batch, stream=stream)
+            padded.record_stream(torch.cuda.current_stream(images.device))
+            for name, rows in room.items():
+                found[name].append(rows[: len(part)])
+        return {name: torch.cat(parts) for name, parts in found.items()}
+
     def enqueue(self, image: int, outputs: Mapping[str, int], *, batch: int, stream: int) -> None:
         """Run on memory that is on the GPU already; nothing is copied, nothing is waited for.
 
@@ -149,7 +171,7 @@ class PlanEngine:
             raise WorkError(f"{self.info.path}: TensorRT could not run a batch of {batch}; ask python -m export.doctor")
 
     def _start(self, slot: _Slot, part: np.ndarray) -> None:
-        batch = max(len(part), min(profile.min for profile in self._profiles))  # rows beyond the images are not read
+        batch = served(self._profiles, len(part))  # rows beyond the images are not read
         slot.host_image[: len(part)] = part
         self._cuda.copy_in(slot.device_image, slot.pinned_image, batch * slot.row_bytes, slot.stream)
         self._cuda.order(slot.stream, self._compute)
@@ -178,6 +200,12 @@ class PlanEngine:
                 )
             self._contexts[profile] = context
         return self._contexts[profile]
+
+
+def served(profiles: Sequence[Profile], batch: int) -> int:
+    """The smallest batch size from ``batch`` up that a profile covers; the largest of all where none does."""
+    sizes = [max(batch, profile.min) for profile in profiles if profile.max >= batch]
+    return min(sizes, default=max(profile.max for profile in profiles))
 
 
 def _covered(profiles: list[Profile]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from export.engine import EngineInfo, as_soft_mask, checked
+from export.engine import EngineInfo, as_soft_mask, checked, checked_tensor
 from export.graph import DeployableGraph, GraphConfig
 from pipeline.bundle import Bundle, load_bundle
 
@@ -56,6 +56,12 @@ class TorchEngine:
     def outputs(self, images: np.ndarray) -> dict[str, np.ndarray]:
         """See `export.engine.Engine.outputs`."""
         pixels = torch.from_numpy(np.require(checked(images, self.info), requirements="W"))
-        with torch.inference_mode():
-            values = self._graph(pixels.to(self._device))
-        return {name: value.cpu().numpy() for name, value in zip(self._graph.config.output_names, values, strict=True)}
+        return {name: value.cpu().numpy() for name, value in self._run(pixels.to(self._device)).items()}
+
+    def tensors(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """See `export.engine.Engine.tensors`."""
+        return self._run(checked_tensor(images, self.info))
+
+    @torch.inference_mode()
+    def _run(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        return dict(zip(self._graph.config.output_names, self._graph(pixels), strict=True))

@@ -51,8 +51,8 @@ def parser() -> Parser:
     add_rewriting(flags)
     add_judging(flags)
     flags.add_argument("--search", action="store_true", help="raise the layers that hurt; prints the Pareto table")
-    flags.add_argument("--opset", type=int, default=DEFAULT_OPSET, metavar="N", help=f"default {DEFAULT_OPSET}")
-    flags.add_argument("--mask-dtype", choices=["float", "uint8"], default="float", help="uint8: round(255 mask)")
+    flags.add_argument("--opset", type=int, metavar="N", help=f"default {DEFAULT_OPSET}")
+    flags.add_argument("--mask-dtype", choices=["float", "uint8"], help="default float; uint8: round(255 mask)")
     flags.add_argument("--workspace", type=int, metavar="MIB", help="most scratch memory (default: all that is free)")
     flags.add_argument("--opt-level", type=int, metavar="0..5", help="effort of the builder")
     flags.add_argument("--timing-cache", metavar="FILE", help="measured tactics, read and extended")
@@ -73,7 +73,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = Path(arguments.out)
     if out.suffix not in (".plan", ".engine", ".trt"):
         raise UsageError(f"--out {out}: the name has to end in .plan")
-    if arguments.opset not in OPSETS:
+    for flag in ("opset", "mask_dtype"):
+        if arguments.onnx is not None and getattr(arguments, flag) is not None:
+            raise UsageError(f"--{flag.replace('_', '-')}: the graph of --onnx has it already; give it to export.onnx")
+    if arguments.opset is not None and arguments.opset not in OPSETS:
         raise UsageError(f"--opset {arguments.opset}: use {OPSETS.start} to {OPSETS.stop - 1}")
     judging = Judging.of(arguments)
     if arguments.verify_only:
@@ -97,7 +100,9 @@ def make(arguments: Any, out: Path, judging: Judging, *, rebuild: str) -> Manife
     backend = load_backend(arguments.backend)
     check_config(config, backend)
     ensure_writable(out)
-    source = open_source(arguments, GraphConfig(mask_dtype=arguments.mask_dtype), arguments.opset)
+    if config.timing_cache is not None:
+        ensure_writable(config.timing_cache, "--timing-cache")
+    source = open_source(arguments, GraphConfig(mask_dtype=arguments.mask_dtype or "float"), arguments.opset)
     print(f"source: {source.path} ({source.manifest.architecture}), {name} with {backend.name} {backend.version}")
     calibration = calibration_images(source, arguments) if name in CALIBRATED else None
     rewritten = rewrite(arguments, name, source, calibration, backend, config, judging)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from pipeline.errors import UsageError, WorkError
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class Parser(argparse.ArgumentParser):
@@ -26,7 +30,8 @@ class Parser(argparse.ArgumentParser):
 def run(main: Callable[[Sequence[str] | None], None], prog: str, argv: Sequence[str] | None = None) -> NoReturn:
     """Call ``main(argv)`` and leave the process with the status that its outcome asks for.
 
-    0 when it returns, 1 after a `WorkError`, 2 after a `UsageError`, 130 after Ctrl-C; never a traceback for these.
+    0 when it returns, 1 after a `WorkError`, 2 after a `UsageError` or when the machine has no room or no right to write,
+    130 after Ctrl-C; never a traceback for these.
     """
     try:
         main(argv)
@@ -36,6 +41,15 @@ def run(main: Callable[[Sequence[str] | None], None], prog: str, argv: Sequence[
     except WorkError as error:
         print(f"python -m {prog}: {error}", file=sys.stderr)
         sys.exit(1)
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        where = error.filename or tempfile.gettempdir()
+        print(
+            f"python -m {prog}: cannot write {where}: {error.strerror}; make room, or give another place",
+            file=sys.stderr,
+        )
+        sys.exit(2)
     except KeyboardInterrupt:
         print(f"python -m {prog}: interrupted", file=sys.stderr)
         sys.exit(130)

@@ -11,6 +11,7 @@ classifier in torch, beside one forward of torch with the mask.  Ratios are medi
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import time
@@ -23,6 +24,7 @@ import onnx
 import onnxruntime
 import torch
 from onnx.utils import Extractor
+from torch import nn
 
 from export.graph import GraphConfig
 from export.source import from_bundle
@@ -56,7 +58,7 @@ def main() -> None:
 
 
 def measure(flags: argparse.Namespace, folder: Path) -> dict[str, dict[str, float]]:
-    model = a_bundle(flags, folder / "bundle")
+    model, classifier = a_bundle(flags, folder / "bundle")
     with_mask, plain = graphs(folder / "bundle", flags.threads)
     random = np.random.default_rng(0)
     result: dict[str, dict[str, float]] = {}
@@ -70,7 +72,7 @@ def measure(flags: argparse.Namespace, folder: Path) -> dict[str, dict[str, floa
             "plain_graph": lambda images=images: plain.run(["logits"], {"image": images}),
             "graph_with_mask": lambda images=images, names=names: with_mask.run(names, {"image": images}),
             "torch_with_mask": lambda x=x: forward(model, x),
-            "grad_cam": grad_cam(flags.init, x),
+            "grad_cam": grad_cam(classifier, x),
         }
         times = in_turns(contestants, flags.rounds)
         result[f"batch {batch}"] = {
@@ -81,11 +83,12 @@ def measure(flags: argparse.Namespace, folder: Path) -> dict[str, dict[str, floa
     return result
 
 
-def a_bundle(flags: argparse.Namespace, path: Path) -> SaliencyModel:
-    """A model with random weights as a bundle in ``path``."""
+def a_bundle(flags: argparse.Namespace, path: Path) -> tuple[SaliencyModel, nn.Module]:
+    """A model with random weights as a bundle in ``path``, and its classifier as its library makes it."""
     torch.manual_seed(0)
     source, name = parse_init(flags.init)
     classifier = create_classifier(source, name, outputs=CLASSES, arguments={})
+    network = copy.deepcopy(classifier).eval()
     maps = pyramid(source, classifier, flags.image_size)
     taps = choose_taps(maps, None)
     backbone = tap_classifier(source, classifier, taps, last_map=maps[-1].module)
@@ -104,7 +107,7 @@ def a_bundle(flags: argparse.Namespace, path: Path) -> SaliencyModel:
         class_index=[0],
     )
     save_bundle(path, SaliencyModel(backbone=backbone, masker=masker), spec)
-    return load_bundle(path).model
+    return load_bundle(path).model, network
 
 
 def graphs(bundle: Path, threads: int) -> tuple[onnxruntime.InferenceSession, onnxruntime.InferenceSession]:
@@ -126,14 +129,12 @@ def forward(model: SaliencyModel, x: torch.Tensor) -> object:
     return model(x)
 
 
-def grad_cam(init: str, x: torch.Tensor) -> Callable[[], object]:
-    """Grad-CAM of the predicted class at the deepest map of the classifier as its library makes it."""
+def grad_cam(network: nn.Module, x: torch.Tensor) -> Callable[[], object]:
+    """Grad-CAM of the predicted class at the classifier's deepest map."""
     from pytorch_grad_cam import GradCAM
 
-    source, name = parse_init(init)
-    network = create_classifier(source, name, outputs=CLASSES, arguments={}).eval()
     layers = [module for name, module in network.named_modules() if name == "layer4"]
-    layers = layers or [m for m in network.modules() if isinstance(m, torch.nn.Conv2d)][-1:]
+    layers = layers or [m for m in network.modules() if isinstance(m, nn.Conv2d)][-1:]
     cam = GradCAM(model=network, target_layers=layers)
     return lambda: cam(input_tensor=x, targets=None)  # the class with the highest answer
 

@@ -20,7 +20,14 @@ from pipeline.spec import BackboneSpec, MaskerSpec, ModelSpec
 CLASSES = 10
 
 
-def _make_spec(name: str = "resnet18", *, size: int = 64, arguments: dict | None = None, **masker) -> ModelSpec:
+def _make_spec(
+    name: str = "resnet18",
+    *,
+    size: int = 64,
+    arguments: dict | None = None,
+    layers: tuple[int, ...] | None = None,
+    **masker,
+) -> ModelSpec:
     """A description such as training writes; ``name`` is torchvision's, or `timm:NAME`."""
     source, _, name = name.rpartition(":")
     source = source or "torchvision"
@@ -33,7 +40,7 @@ def _make_spec(name: str = "resnet18", *, size: int = 64, arguments: dict | None
             name=name,
             arguments=arguments or {},
             outputs=CLASSES,
-            taps=choose_taps(pyramid(source, classifier, size), None),
+            taps=choose_taps(pyramid(source, classifier, size), layers),
         ),
         masker=MaskerSpec(**masker),
         preset="ca",

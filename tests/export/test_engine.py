@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper
 
 from export.engine import default_threads, open_engine
@@ -43,6 +44,18 @@ def test_an_onnx_engine_needs_no_torch(exported):
 def test_images_that_do_not_fit_are_refused(exported, images):
     with pytest.raises(ValueError, match=r"takes uint8 images \(N, 64, 64, 3\)"):
         open_engine(exported.path, threads=1).infer(images)
+
+
+def test_tensors_in_and_out(exported, bundle):
+    images = torch.from_numpy(bundle.samples[:3])
+    for path in (exported.path, bundle.path):
+        engine = open_engine(path, threads=1)
+        found, expected = engine.tensors(images), engine.outputs(bundle.samples[:3])
+        assert set(found) == set(expected)
+        for name, value in expected.items():
+            assert np.array_equal(found[name].numpy(), value)
+        with pytest.raises(ValueError, match=r"takes uint8 images \(N, 64, 64, 3\), not float32"):
+            engine.tensors(images.float())
 
 
 def test_threads_follow_the_environment(monkeypatch):

@@ -119,6 +119,16 @@ def test_a_good_engine_passes_with_boxes(exported, bundle, tmp_path, capsys):
     }  # fmt: skip
 
 
+def test_om_is_compared_where_the_classes_are_known(exported, bundle, tmp_path):
+    write_planted(tmp_path, size=72, per_class_train=1, per_class_val=2)
+    classes = sorted(path.name for path in (tmp_path / "val").iterdir())
+    known = {"data_classes": classes, "class_index": list(range(len(classes)))}
+    images = from_folder(tmp_path, size=64, geometry="squash", count=8, **known)
+    engine, reference = open_engine(exported.path, threads=1), TorchEngine(bundle.path, bundle=bundle)
+    figures = judge(reference, engine, images, thresholds=Thresholds()).figures
+    assert figures["dOM"] == 0 and figures["reference_OM"] >= figures["reference_LE"] > 0
+
+
 def test_a_failure_exits_with_1_and_shows_the_worst(exported, bundle, tmp_path, complaint):
     model = onnx.load(exported.path)
     shifted_mask(model)
@@ -166,6 +176,7 @@ def test_figures_of_masks():
 def test_figures_that_are_no_numbers_fail():
     figures = dict.fromkeys(("logits_max_rel", "logits_mean_rel", "mask_max_abs", "mask_mean_abs"), float("nan"))
     figures |= {"top1_agreement": 1.0, "mask_iou": 1.0, "rank_correlation": 1.0}
+    figures["outputs"] = {}
     figures["batch"] = {"equal_rows": {"1": 0.0}, "by_size": {}, "order": 0.0}
     kinds = [type(error) for error in check(figures, Thresholds())]
     assert kinds == [LogitsError, LogitsError, MaskError, MaskError]
@@ -174,9 +185,15 @@ def test_figures_that_are_no_numbers_fail():
 def test_worse_boxes_fail_and_better_ones_do_not():
     figures = dict.fromkeys(("logits_max_rel", "logits_mean_rel", "mask_max_abs", "mask_mean_abs"), 0.0)
     figures |= {"top1_agreement": 1.0, "mask_iou": 1.0, "rank_correlation": 1.0, "dLE": 0.03, "dF1": 0.03}
+    figures["outputs"] = {}
     figures["batch"] = {"equal_rows": {"1": 0.0}, "by_size": {}, "order": 0.0}
     assert [type(error) for error in check(figures, Thresholds())] == [LocalisationError]
     assert check(figures, Thresholds().with_drop(0.05)) == ()
+    figures |= {"mask_iou": 0.99, "outputs": {"mask_upsampled": 0.5}}
+    assert Thresholds.of("int8").mask_iou < 0.99  # what is asked for counts, not what the precision would be forgiven
+    kinds = [type(error) for error in check(figures, Thresholds.of("int8").with_drop(0.005))]
+    assert kinds == [MaskShapeError, LocalisationError]
+    assert MaskError in [type(error) for error in check(figures, Thresholds())]
 
 
 def test_noise_stands_in_where_there_is_nothing_else():

@@ -94,6 +94,8 @@ def test_torch_agrees_at_any_batch_size_and_place(exported, bundle):
         ("timm:mobilenetv2_100", {"arguments": {"pad_type": "same"}}),
         ("resnet18", {"concrete": {"mode": "hard"}}),
         ("resnet18", {"class_conditional": True}),
+        ("resnet18", {"layers": (0, 1, 2, 3, 4)}),
+        ("resnet18", {"concrete": {"mode": "soft", "temperature": 0.2}}),
         ("resnet18", {"target_area": True, "upsampling": "bilinear"}),
     ],
 )
@@ -115,6 +117,22 @@ def test_options_of_the_graph(make_bundle, tmp_path):
     assert found["mask"].shape == (3, 16, 16) and found["mask"].dtype == np.uint8
     assert found["mask_upsampled"].shape == (3, 64, 64)
     assert np.array_equal(engine.infer(images)[1], found["mask"].astype(np.float32) / 255)
+
+
+@pytest.mark.parametrize(
+    "options, config",
+    [
+        ({"class_conditional": True}, GraphConfig(topk=3)),
+        ({"target_area": True, "upsampling": "bilinear"}, GraphConfig(target_area=0.2, upsampled=True)),
+    ],
+)
+def test_further_outputs_are_judged(make_bundle, tmp_path, options, config):
+    made = make_bundle(samples=4, **options)
+    manifest = export_onnx(made, tmp_path / "model.onnx", config=config)
+    assert manifest.parity is not None
+    judged = manifest.parity.figures["outputs"]
+    assert set(judged) == set(config.output_names) - {"logits", "mask", "topk_labels"}
+    assert 0 <= max(judged.values()) < 1e-3
 
 
 def test_the_network_at_any_size(make_bundle, tmp_path):

@@ -13,7 +13,7 @@ from export.engine import open_engine
 from export.files import file_sha256
 from export.gpu import Gpu, gpus
 from export.manifest import Manifest, Profile, read_sidecar
-from export.plan_engine import check_fit
+from export.plan_engine import check_fit, served
 from export.triton import configuration
 from pipeline.data.planted import write_planted
 from pipeline.errors import UsageError
@@ -22,6 +22,7 @@ without_gpu = pytest.mark.skipif(bool(gpus()), reason="this machine has a GPU")
 
 
 def build(bundle, out, *words: object) -> Manifest:
+    """An engine for batches of up to 4, calibrated on 8 images and judged on 8."""
     flags = ["--model", bundle.path, "--out", out, "--backend", "tensorrt-rtx", "--quantiser", "onnxruntime"]
     trt.main([str(word) for word in (*flags, "--parity-images", 8, "--batch", "1,2,4", *words)])
     return read_sidecar(out)
@@ -107,7 +108,7 @@ def test_flags_are_frozen():
 def test_aliases_and_options_of_the_builder(exported, tmp_path, capsys):
     out = tmp_path / "model.plan"
     words = ["--onnx", exported.path, "--out", out, "--fp16", "--batch", "1", "--batch", "2,4,8", "--parity-images", 2]
-    words += ["--workspace", 512, "--opt-level", 1, "--compute-capability", "8.6,12.0", "--mask-dtype", "float"]
+    words += ["--workspace", 512, "--opt-level", 1, "--compute-capability", "8.6,12.0"]
     words += ["--backend", "tensorrt-rtx", "--report", "--triton", tmp_path / "triton"]
     trt.main([str(word) for word in words])
     manifest = read_sidecar(out)
@@ -132,16 +133,22 @@ def test_aliases_and_options_of_the_builder(exported, tmp_path, capsys):
         (["--version-compatible"], "--version-compatible is TensorRT's"),
         (["--opt-level", "9"], "--opt-level 9"),
         (["--workspace", "0"], "--workspace 0"),
-        (["--opset", "9"], "--opset 9"),
         (["--keep-fp32", "Nonsense"], "--keep-fp32 Nonsense"),
         (["--out", "model.onnx"], "has to end in .plan"),
         (["--parity-images", "0"], "--parity-images 0"),
+        (["--mask-dtype", "uint8"], "--mask-dtype: the graph of --onnx has it already"),
+        (["--opset", "18"], "--opset: the graph of --onnx has it already"),
+        *([] if gpus() else [(["--refit"], "--refit: tensorrt-rtx builds refittable plans where there is a GPU only")]),
     ],
 )
 def test_wrong_flags(exported, tmp_path, complaint, words, said):
     flags = ["--onnx", exported.path, "--out", tmp_path / "model.plan", "--backend", "tensorrt-rtx"]
     assert said in complaint(trt, *flags, *words)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_opset_that_is_none(bundle, tmp_path, complaint):
+    assert "--opset 9: use 18 to" in complaint(trt, "--model", bundle.path, "--out", tmp_path / "m.plan", "--opset", 9)
 
 
 def test_int8_with_neither_data_nor_samples(make_bundle, tmp_path, complaint):
@@ -184,6 +191,7 @@ def test_damaged_engines(engines, tmp_path, bundle, complaint):
     path.write_bytes(path.read_bytes()[:100_000])
     with pytest.raises(UsageError, match=r"truncated.*rebuild it with 'python -m export\.trt --model .*int8\.plan"):
         open_engine(path)
+    assert "truncated" in complaint(parity, "--model", bundle.path, "--engine", path)
     path = copy_of(engines["int8"], tmp_path, ".json")
     path.write_bytes(bytes(path.stat().st_size))
     with pytest.raises(UsageError, match=r"other bytes.*rebuild it with"):
@@ -226,6 +234,29 @@ def test_tensorrt_itself_wants_a_gpu(tmp_path, complaint, exported):
     if not gpus():
         line = complaint(trt, *words)
         assert "tensorrt cannot be imported" in line or "tensorrt builds on the GPU" in line
+
+
+@pytest.mark.parametrize(
+    "name, options, precisions",
+    [
+        ("timm:convnext_atto", {}, ("fp16", "int8")),
+        ("timm:vit_tiny_patch16_224", {"arguments": {"img_size": 64, "depth": 2}}, ("fp16", "fp8")),
+        ("resnet18", {"layers": (0, 1, 2, 3, 4)}, ("int8",)),
+    ],
+)
+def test_every_kind_of_backbone_in_low_precision(make_bundle, tmp_path, name, options, precisions):
+    made = make_bundle(name, **options)
+    write_planted(tmp_path / "data", size=72, per_class_train=2, per_class_val=1)
+    for precision in precisions:
+        words = ["--precision", precision, "--calib-data", tmp_path / "data", "--calib-images", 16]
+        manifest = build(made, tmp_path / f"{precision}.plan", *words)  # raises unless the gate passes
+        if manifest.calibration is not None:
+            assert manifest.calibration.source == str(tmp_path / "data") and manifest.calibration.images == 16
+
+
+def test_batches_that_no_profile_covers_are_filled_up():
+    profiles = [Profile(min=1, opt=1, max=1), Profile(min=4, opt=8, max=16)]
+    assert [served(profiles, batch) for batch in (1, 2, 4, 5, 16)] == [1, 4, 4, 5, 16]
 
 
 def test_profiles():
