@@ -1,8 +1,8 @@
 """The product agrees with recorded values of the published code.
 
 ``pytest tests/test_golden.py --golden DIR [--golden-only 1,1c,2]`` checks every array of every ``<name>_<tag>.npz`` and
-the JSON files of DIR, one test per file.  A file without a checker, an array that no checker read, and a named section
-without a file are failures.
+the JSON files of DIR, one test per file.  A file without a checker, an array that no checker read, and a file that is
+missing from one of the sections (of all, where none is named) are failures.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         files = chosen_files(folder, sections if only else None)
         metafunc.parametrize("golden_path", files, ids=[path.name for path in files])
     if "golden_section" in metafunc.fixturenames:
-        metafunc.parametrize("golden_section", [(folder, section, bool(only)) for section in sections], ids=sections)
+        metafunc.parametrize("golden_section", [(folder, section) for section in sections], ids=sections)
 
 
 def test_every_array_agrees(golden_path: Path) -> None:
     check_file(golden_path)
 
 
-def test_no_file_is_missing(golden_section: tuple[Path, str, bool]) -> None:
+def test_no_file_is_missing(golden_section: tuple[Path, str]) -> None:
     check_section(*golden_section)
 
 
@@ -83,17 +83,12 @@ def check_file(path: Path) -> None:
     assert not golden.unread(), f"{path.name}: no checker read {golden.unread()}"
 
 
-def check_section(folder: Path, section: str, named: bool) -> None:
-    """No file of a section is missing from the folder.
-
-    A section that was named on the command line must have its JSON files and every other file in every tag of the
-    folder.  A section that was not may be absent altogether, but what is there in one tag must be there in all.
-    """
+def check_section(folder: Path, section: str) -> None:
+    """No file of a section is missing from the folder: its JSON files, and every other file in every tag there is."""
     present = {path.name for path in folder.iterdir()}
     tags = {path.stem.rpartition("_")[2] for path in folder.glob("*.npz")} or {"*"}
     missing = []
     for name in SECTIONS[section]:
         files = {f"{name}.json"} if name in UNTAGGED else {f"{name}_{tag}.npz" for tag in tags}
-        if named or files & present:
-            missing += sorted(files - present)
+        missing += sorted(files - present)
     assert not missing, f"section {section}: {folder} lacks {', '.join(missing)}"

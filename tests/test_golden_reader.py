@@ -25,7 +25,7 @@ def test_any_tag_is_found(blur: Path) -> None:
     assert chosen_files(blur.parent, None) == [blur] == chosen_files(blur.parent, ["10", "1"])
     assert load_golden(blur).tag == "new"
     check_file(blur)
-    check_section(blur.parent, "10", named=True)
+    check_section(blur.parent, "10")
 
 
 def test_an_array_that_nobody_reads_fails(blur: Path) -> None:
@@ -52,13 +52,12 @@ def test_a_file_that_nobody_reads_fails(blur: Path, name: str) -> None:
 
 def test_a_named_section_must_be_there_in_every_tag(blur: Path) -> None:
     with pytest.raises(AssertionError, match=r"lacks criterion_new\.npz"):
-        check_section(blur.parent, "1", named=True)
-    check_section(blur.parent, "1", named=False)
+        check_section(blur.parent, "1")
     shutil.copy(NUMBERS / "tv_a.npz", blur.with_name("tv_other.npz"))
     with pytest.raises(AssertionError, match=r"lacks tv_new\.npz"):
-        check_section(blur.parent, "2", named=False)
+        check_section(blur.parent, "2")
     with pytest.raises(AssertionError, match=r"lacks checkpoint_layout\.json, randomisation_layers\.json"):
-        check_section(blur.parent, "5", named=True)
+        check_section(blur.parent, "5")
 
 
 def test_no_change_of_the_small_files_goes_unnoticed() -> None:

@@ -50,6 +50,12 @@ class GoldenFile(Golden):
         return json.loads(str(self[key]))
 
 
+def assert_rows(golden: Golden, count: int, *names: str) -> None:
+    """Each of these entries has one row for each of ``count`` settings: a result without its setting is not checked."""
+    for name in names:
+        assert len(golden[name]) == count, f"{name} has {len(golden[name])} rows for {count} settings"
+
+
 class GoldenJson(Golden):
     """``<name>.json``: entries are the parsed top-level members; those of a list are called "0", "1", ..."""
 

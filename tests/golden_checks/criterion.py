@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from pipeline.objectives import SideConfig, mask_area, side_loss
-from tests.golden_checks._golden import GoldenFile, assert_close
+from tests.golden_checks._golden import GoldenFile, assert_close, assert_rows
 from tests.golden_checks._inputs import blocks, sum_blocks
 
 
@@ -17,7 +17,12 @@ def check(golden: GoldenFile) -> None:
     full = torch.from_numpy(blocks(golden["mask_lr"]))[:, None]  # (8, 1, 224, 224)
     assert_close(mask_area(full), golden["mask_mean"], 1e-9, "mask_mean")
 
-    for i, combo in enumerate(golden.json("combos_json")):
+    combos = golden.json("combos_json")
+    assert_rows(
+        golden, len(combos), "masker_loss", "objective_loss", "mask_reg", "tv_reg", "regularization", "grad_logits",
+        "grad_mask_block", "grad_mask_sample", "grad_mask_sum", "grad_mask_sumsq",
+    )  # fmt: skip
+    for i, combo in enumerate(combos):
         masked_given = torch.from_numpy(golden["y_hat_masked"]).requires_grad_()
         mask = full.clone().requires_grad_()
         if combo["y_hat_log_softmax"]:

@@ -28,7 +28,13 @@ SHAPES: dict[str, Callable[[np.ndarray], Any]] = {
 }
 
 
+CONSTANTS = (0.0, 1.0, 0.5, 0.3, 0.1, 0.7, 0.3333)
+
+
 def check(golden: GoldenJson) -> None:
+    cases = {*SHAPES, *(f"constant {value:.4f}" for value in CONSTANTS)}
+    lacking = cases - {golden[key]["case"] for key in golden}
+    assert not lacking, f"no record of {sorted(lacking)}"
     for key in golden:
         check_case(golden[key])
 

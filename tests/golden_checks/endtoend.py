@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from pipeline.fills import Zero, gaussian_blur
 from pipeline.masking import mask_in, mask_out
 from pipeline.objectives import SideConfig, side_loss
-from tests.golden_checks._golden import GoldenFile, assert_close
+from tests.golden_checks._golden import GoldenFile, assert_close, assert_rows
 from tests.golden_checks._inputs import blocks, sum_blocks, toy_logits
 
 BLUR_SIGMA = 20.0
@@ -21,7 +21,12 @@ def check(golden: GoldenFile) -> None:
     assert_close(clean, golden["y_hat"], 1e-9, "y_hat")
     fills = {"none": None, "dummy": Zero(), "blur": gaussian_blur(x.float(), BLUR_SIGMA).double()}
 
-    for i, settings in enumerate(golden.json("configs_json")):
+    configs = golden.json("configs_json")
+    sided = ("masked_{}_sample", "logits_{}", "mask_{}_loss", "classifier_loss_{}")
+    results = [name.format(side) for name in sided for side in ("in", "out")]
+    results += ["total", "classifier_loss_total", "grad_mask_block", "grad_mask_sample"]
+    assert_rows(golden, len(configs), *results)
+    for i, settings in enumerate(configs):
         tolerance = 1e-7 if settings["infill"] == "blur" else 1e-9  # the recorded blur is a float32 one
         what = f"{settings['name']}"
         mask = torch.from_numpy(blocks(golden["mask_lr"]))[:, None].requires_grad_()

@@ -5,13 +5,16 @@ from __future__ import annotations
 import torch
 
 from pipeline.objectives import KLPriorConfig, kl_prior_criterion
-from tests.golden_checks._golden import GoldenFile, assert_close
+from tests.golden_checks._golden import GoldenFile, assert_close, assert_rows
 from tests.golden_checks._inputs import blocks, sum_blocks
 
 
 def check(golden: GoldenFile) -> None:
     full = torch.from_numpy(blocks(golden["mask_lr"]))[:, None]
-    for i, settings in enumerate(golden.json("configs_json")):
+    configs = golden.json("configs_json")
+    results = ("masker_loss", "objective_loss", "regularization", "grad_logits", "grad_mask_block")
+    assert_rows(golden, len(configs), *results)
+    for i, settings in enumerate(configs):
         logits = torch.from_numpy(golden["y_hat_masked"]).requires_grad_()
         mask = full.clone().requires_grad_()
         config = KLPriorConfig(
