@@ -7,10 +7,11 @@ blend with ``keep`` does.
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -182,12 +183,20 @@ class User(Fill):
         self.function = function
 
     @classmethod
-    def load(cls, *, path: str | Path) -> User:
-        """From a TorchScript file.
+    def load(
+        cls, *, path: str | Path | None = None, function: str | Callable[[Tensor, Tensor], Tensor] | None = None
+    ) -> User:
+        """From a TorchScript file, or from a function, also by its name ``package.module:function``.
 
-        A TorchScript file is a program: it runs with this process's rights, so load only files that you would run.  It
-        is not a pickle; pickled modules are refused.
+        Either is a program: it runs with this process's rights, so load only what you would run.  A TorchScript file is
+        not a pickle; pickled modules are refused.
         """
+        if (path is None) == (function is None):
+            raise UsageError(
+                "fill user: give fill_options.path=FILE (TorchScript) or fill_options.function=MODULE:NAME"
+            )
+        if function is not None:
+            return cls(function=_imported(function) if isinstance(function, str) else function)
         try:
             return cls(function=torch.jit.load(str(path), map_location="cpu").eval())
         except (RuntimeError, ValueError, OSError) as error:
@@ -201,6 +210,19 @@ class User(Fill):
         if filled.shape != x.shape:
             raise ValueError(f"the user's fill gave images of shape {tuple(filled.shape)}, expected {tuple(x.shape)}")
         return filled
+
+
+def _imported(name: str) -> Callable[[Tensor, Tensor], Tensor]:
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UsageError(
+            f"fill user: no function {name} ({error}); give MODULE:NAME of one on the Python path"
+        ) from error
+    if not callable(found):
+        raise UsageError(f"fill user: {name} is no function; give one that takes (x, keep) and returns images like x")
+    return cast("Callable[[Tensor, Tensor], Tensor]", found)
 
 
 def black(*, mean: Sequence[float], std: Sequence[float]) -> Colour:

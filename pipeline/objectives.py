@@ -7,6 +7,7 @@ batch of which this is one part.  ``reduction="none"`` gives the (B,) summands, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -249,6 +250,9 @@ class KLPriorConfig:
     prior: Literal["subtract", "divide"] = "subtract"
     """An answer is right when arg max of q - p, or of q / p, is the label."""
 
+    frequencies: Literal["uniform", "data"] = "uniform"
+    """The prior: every class alike, or as often as the training pictures have it (`class_weights_of`)."""
+
     only_clean_right: bool = False
     """Count the divergence only where the clean image is right."""
 
@@ -268,7 +272,8 @@ class KLPriorConfig:
     """Weight of the area term."""
 
     def __post_init__(self) -> None:
-        _one_of(self, {"kl": ("forward", "backward"), "prior": ("subtract", "divide")})
+        known = {"kl": ("forward", "backward"), "prior": ("subtract", "divide"), "frequencies": ("uniform", "data")}
+        _one_of(self, known)
 
 
 class KLPriorTerms(NamedTuple):
@@ -309,6 +314,16 @@ def kl_prior_criterion(
     if config.class_weight:
         divergence, area = divergence * class_weights[labels], area * class_weights[labels]
     return KLPriorTerms(*(reduce(term, reduction, divisor) for term in (divergence + area, divergence, area)))
+
+
+def class_weights_of(labels: Sequence[int], outputs: int) -> Tensor:
+    """Weights (outputs,) of the classes, 1 on average: rare ones weigh more.
+
+    Each class counts one picture more than it has, so that one without any has a weight, too.
+    """
+    counts = torch.bincount(torch.as_tensor(labels, dtype=torch.int64), minlength=outputs) + 1
+    weights = 1 / counts.double()
+    return (weights / weights.mean()).float()
 
 
 def _beyond_prior(logits: Tensor, p: Tensor, how: Literal["subtract", "divide"]) -> Tensor:

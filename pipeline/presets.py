@@ -87,6 +87,8 @@ class Preset:
     """Name of the fill (`pipeline.fills.FILLS`)."""
     fill_options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the fill, such as the file of the user's own."""
+    fill_sides: Literal["both", "in", "out"] = "both"
+    """Which pictures get the fill; the hidden pixels of the others are zero, the mean colour."""
     masker: MaskerSpec = field(default_factory=MaskerSpec)
     """The masker: its inputs beside the maps, and how its logits become masks."""
     layers: tuple[int, ...] | Literal["deep", "all"] = "deep"

@@ -96,9 +96,18 @@ def fixed_masker(
 
 
 def retrained_masker(
-    bundle: Bundle, x: Tensor, data: str, *, depth: int, seed: int, steps: int, points: int, folder: Path
+    bundle: Bundle,
+    x: Tensor,
+    data: str,
+    *,
+    depth: int,
+    seed: int,
+    cascading: bool,
+    steps: int,
+    points: int,
+    folder: Path,
 ) -> Iterator[tuple[str, dict[str, float]]]:
-    """As `fixed_masker`, cascading, but each randomised classifier gets a masker of its own, trained for ``steps``.
+    """As `fixed_masker`, but each of ``points`` randomised classifiers gets a masker of its own, trained for ``steps``.
 
     The first pair is the control: the whole classifier again, with another seed for the masker.
     """
@@ -108,7 +117,8 @@ def retrained_masker(
     control = masks_of(_retrain(bundle, bundle.model, data, steps, seed + 1, folder / "control"), x)
     yield "(none)", compare(reference, control, bundle.spec.input_size)
     for place in places:
-        twin = randomised(bundle.model, names[:place], seed=seed)
+        chosen = names[:place] if cascading else names[place - 1 : place]
+        twin = randomised(bundle.model, chosen, seed=seed)
         masks = masks_of(_retrain(bundle, twin, data, steps, seed, folder / str(place)), x)
         yield names[place - 1], compare(reference, masks, bundle.spec.input_size)
 
@@ -150,13 +160,14 @@ def _plan(bundle: Bundle, data: str, steps: int, seed: int) -> TrainingPlan:
 
 
 def _retrain(bundle: Bundle, model: SaliencyModel, data: str, steps: int, seed: int, folder: Path) -> SaliencyModel:
-    """``model``'s classifier, frozen, with a masker trained for it."""
+    """``model``'s classifier, frozen, with a masker trained for it by the method of the bundle."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = folder / "classifier.safetensors"
     state = model.backbone.state_dict()
     save_file({name.removeprefix(PREFIX): value.contiguous() for name, value in state.items()}, weights)
-    plan = replace(_plan(bundle, data, steps, seed), weights=str(weights), preset="fix", settings=(), batchnorm="eval")
-    return _trained(plan, folder)
+    plan = _plan(bundle, data, steps, seed)
+    settings = (*plan.settings, "classifier=frozen")
+    return _trained(replace(plan, weights=str(weights), settings=settings, batchnorm="eval"), folder)
 
 
 def _trained(plan: TrainingPlan, folder: Path) -> SaliencyModel:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from pipeline.concrete import ConcreteConfig
 from pipeline.errors import UsageError
 from pipeline.fills import FILLS
 from pipeline.objectives import KLPriorConfig
@@ -44,6 +45,13 @@ def configure(preset: str, settings: Sequence[str]) -> Preset:
         raise UsageError(f"--set fakes={result.fakes}: give a share of the pictures, at least 0 and less than 1")
     if result.fakes:
         _check_fakes(result)
+    if result.masker.concrete is not None:
+        try:
+            ConcreteConfig(**result.masker.concrete)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"--set masker.concrete: {error}; it takes mode and temperature") from error
+    if result.masker.target_area and result.price.rule != "fixed":
+        raise UsageError("--set masker.target_area=true: the wanted area sets the size, so add --set price.rule=fixed")
     if result.fill not in FILLS:
         raise UsageError(f"--set fill={result.fill}: use {', '.join(FILLS)}")
     return result

@@ -26,7 +26,7 @@ from pipeline.area_price import Price, next_price
 from pipeline.batchnorm import frozen_statistics
 from pipeline.blank import blank_answer, blank_loss, unit_of, wide
 from pipeline.clean_cache import CleanCache
-from pipeline.fills import Fill
+from pipeline.fills import Fill, Zero
 from pipeline.masking import mask_in, mask_out, upsample
 from pipeline.model import SaliencyModel
 from pipeline.objectives import KLPriorConfig, SideConfig, kl_prior_criterion, side_loss
@@ -90,11 +90,13 @@ class JointStep:
         autocast: torch.autocast | None = None,
         scratch: bool,
         classes: Sequence[int] | None = None,
+        class_weights: Tensor | None = None,
         cache: CleanCache | None = None,
         plain: bool = False,
     ) -> None:
         """``blank``: (1, 3, S, S), the picture with everything masked.  ``scratch``: the classifier starts from random weights.
-        ``classes``: the outputs that the data has pictures of; none: all.  ``cache``: of a frozen classifier's clean passes.
+        ``classes``: the outputs that the data has pictures of; none: all.  ``class_weights``: (C,), see `class_weights_of`;
+        needed for a prior of the data.  ``cache``: of a frozen classifier's clean passes.
 
         ``plain``: leave the classifier's layers as they are, instead of rewriting them (`pipeline.acceleration`).
         """
@@ -102,9 +104,10 @@ class JointStep:
         if not plain:
             accelerate(model.backbone)
         self.preset = preset
-        self.fill = fill
         self.blank = blank
         self.cache = cache
+        self.class_weights = None if class_weights is None else class_weights.to(blank.device)
+        self.fills = {side: fill if preset.fill_sides in ("both", side) else Zero() for side in ("in", "out")}
         self.classes = None if classes is None else torch.tensor(sorted(set(classes)), device=blank.device)
         self.population = population
         self.autocast = autocast or nullcontext()
@@ -259,7 +262,7 @@ class JointStep:
                 continue
             statistics = nullcontext() if preset.compat == "published" else frozen_statistics(judge)
             with statistics, self.autocast:
-                answer = wide(judge(show(x, mask, self.fill, generator)).logits)
+                answer = wide(judge(show(x, mask, self.fills[name], generator)).logits)
             loss = self._side(config, mask, answer, whole, batch, fake, unit, divisor)
             masker_loss = masker_loss + weight * loss
             if drawn is None:
@@ -313,7 +316,7 @@ class JointStep:
                 logits_masked=answer,
                 logits_clean=clean_logits,
                 labels=batch.labels,
-                class_weights=torch.ones_like(answer[0]),
+                class_weights=self._prior_weights(config, answer),
                 divisor=divisor,
             )
             return prior.objective / scale + prior.area
@@ -330,6 +333,11 @@ class JointStep:
         )
         tv = terms.tv * (PUBLISHED_SIZE / mask.shape[-1]) if relative else terms.tv
         return terms.objective / scale + terms.area + tv
+
+    def _prior_weights(self, config: KLPriorConfig, answer: Tensor) -> Tensor:
+        if config.frequencies == "uniform" or self.class_weights is None:
+            return torch.ones_like(answer[0])
+        return self.class_weights.to(answer)
 
     def _told_classes(
         self, labels: Tensor, outputs: int, generator: torch.Generator | None

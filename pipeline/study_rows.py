@@ -17,6 +17,8 @@ class Row:
     """Differences from the preset (`pipeline.settings`)."""
     arguments: tuple[str, ...] = ()
     """Further arguments of `pipeline.train`."""
+    by_label: bool = False
+    """Ask the masker for the evidence of the true class, where it is told one."""
     reference: str
     """The row that this one is compared with, seed by seed."""
     summary: str
@@ -86,6 +88,7 @@ OTHERS: tuple[Row, ...] = (
         name="class-conditional",
         preset="fix",
         settings=("masker.class_conditional=true",),
+        by_label=True,
         reference="both-frozen",
         summary="masker is told the class",
     ),

@@ -16,8 +16,11 @@ from pipeline.pages import render
 from pipeline.study_rows import ROWS
 
 LEVEL = 0.95
-FIGURES = ("LE", "OM", "F1", "PxAP", "MaxBoxAccV2", "mask_mean", "top1")
-CHANGES = ("top1_before", "top1_after", "agreement", "loss_barrier")
+BASELINES = ("cam", "center", "gaussian", "whole")
+FIGURES = ("LE", "OM", "F1", "SM", "PxAP", "MaxBoxAccV2", "mask_mean", "top1")
+CHANGES = (
+    "top1_before", "top1_after", "agreement", "loss_barrier", "agreement_snapshots", "loss_barrier_snapshots",
+)  # fmt: skip
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
@@ -44,14 +47,29 @@ def summarise(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             line[figure] = interval(values) if values else None
         changes = [run["classifier"] for run in runs.values() if "classifier" in run]
         for change in CHANGES:
-            line[change] = interval([run[change] for run in changes]) if changes else None
+            values = [run[change] for run in changes if change in run]
+            line[change] = interval(values) if values else None
+        for name in BASELINES:
+            values = [run["baselines"][name] for run in runs.values() if run.get("baselines", {}).get(name) is not None]
+            line[f"LE of {name}"] = interval(values) if values else None
+        line["length"] = ", ".join(sorted({length_of(run) for run in runs.values()}))
         others = by_row.get(row.reference, {})
-        both = sorted(runs.keys() & others.keys())
+        both = sorted(s for s in runs.keys() & others.keys() if length_of(runs[s]) == length_of(others[s]))
+        both = [s for s in both if None not in (runs[s]["metrics"]["LE"], others[s]["metrics"]["LE"])]  # boxes or none
         differences = [runs[seed]["metrics"]["LE"] - others[seed]["metrics"]["LE"] for seed in both]
         line["LE_difference"] = interval(differences) if differences else None
         line["pairs"] = len(both)
         table.append(line)
     return table
+
+
+def length_of(record: dict[str, Any]) -> str:
+    """How long the run of a record was, as its command said: runs of different lengths are not compared."""
+    arguments = record["config"]["arguments"]
+    for flag, unit in (("--steps", " steps"), ("--budget", "")):
+        if flag in arguments:
+            return f"{arguments[arguments.index(flag) + 1]}{unit}"
+    return ""
 
 
 def findings(table: Sequence[dict[str, Any]]) -> list[str]:
@@ -88,20 +106,20 @@ def write_study(records: Sequence[dict[str, Any]], out: Path, *, title: str) -> 
     """Write ``out/study.csv``, ``study.md`` and ``study.html``."""
     table = summarise(records)
     with (out / "study.csv").open("w", newline="", encoding="utf-8") as file:
-        columns = [*FIGURES, *CHANGES, "LE_difference"]
+        columns = [*FIGURES, *(f"LE of {name}" for name in BASELINES), *CHANGES, "LE_difference"]
         writer = csv.writer(file)
         ends = [f"{name}{end}" for name in columns for end in ("", "_low", "_high")]
-        writer.writerow(["row", "reference", "seeds", "pairs", *ends])
+        writer.writerow(["row", "reference", "seeds", "length", "pairs", *ends])
         for line in table:
             cells = [value for name in columns for value in (line[name] or (None, None, None))]
-            writer.writerow([line["row"], line["reference"], line["seeds"], line["pairs"], *cells])
+            writer.writerow([line["row"], line["reference"], line["seeds"], line["length"], line["pairs"], *cells])
     (out / "study.md").write_text(markdown(table, title), encoding="utf-8")
     shown = render(
         "study.html",
         filters={"cell": cell},
         title=title,
         table=table,
-        figures=FIGURES,
+        figures=(*FIGURES, *(f"LE of {name}" for name in BASELINES)),
         changes=CHANGES,
         findings=findings(table),
         plot=plot(records, table),
@@ -119,18 +137,20 @@ def cell(value: tuple[float, float, float] | None) -> str:
 
 def markdown(table: Sequence[dict[str, Any]], title: str) -> str:
     """The table and what it says of the findings."""
-    names = [*FIGURES, "LE_difference", *CHANGES]
+    names = [*FIGURES, "LE_difference", *(f"LE of {name}" for name in BASELINES), *CHANGES]
     lines = [
         f"# {title}",
         "",
         "Per cent (loss_barrier in hundredths of a nat), mean ± half of the 95 % t-interval over seeds.",
         "",
     ]
-    lines.append("| row | what | seeds | " + " | ".join(names) + " | reference |")
-    lines.append("|" + "---|" * (len(names) + 4))
+    lines.append("| row | what | length | seeds | " + " | ".join(names) + " | reference |")
+    lines.append("|" + "---|" * (len(names) + 5))
     for line in table:
         cells = " | ".join(cell(line[name]) for name in names)
-        lines.append(f"| {line['row']} | {line['summary']} | {line['seeds']} | {cells} | {line['reference']} |")
+        lines.append(
+            f"| {line['row']} | {line['summary']} | {line['length']} | {line['seeds']} | {cells} | {line['reference']} |"
+        )
     return "\n".join([*lines, "", *(f"* {text}" for text in findings(table)), ""])
 
 

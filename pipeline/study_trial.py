@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from pipeline.study_rows import Row
 KEPT = ("LE", "OM", "F1", "SM", "PxAP", "MaxBoxAccV2", "mask_iou", "mask_mean", "mask_std", "entropy", "top1", "top5")
 """Figures of `metrics.json` that a record keeps."""
 COMPARED_IMAGES = 200
-"""Validation images on which the classifier before and after is compared."""
+"""Validation images on which the classifier before is compared with the one after and with its snapshots."""
 
 
 def run_trial(
@@ -52,12 +53,14 @@ def run_trial(
     resume = state if (state / "state.pt").is_file() else None
     if resume is None or not (state / "bundle").is_dir():
         training.train(plan, FolderReporter(state, tell), resume=resume, device=device)
-    metrics = evaluate(state / "bundle", plan.data, baselines=(), original="none", progress=False)
+    explain = "label" if row.by_label else "predicted"
+    metrics = evaluate(state / "bundle", plan.data, explain=explain, progress=False)
     record: dict[str, Any] = {
         "row": row.name,
         "seed": seed,
         "config": {"preset": row.preset, "settings": row.settings, "arguments": [*arguments, *row.arguments]},
         "metrics": {name: _rounded(metrics.get(name)) for name in KEPT},
+        "baselines": {name: _rounded(found["LE"]) for name, found in metrics["baselines"].items()},
         "seconds": round(time.monotonic() - started, 1),
     }
     spec = json.loads((state / "bundle" / "model.json").read_text(encoding="utf-8"))
@@ -72,7 +75,7 @@ def _rounded(value: float | None) -> float | None:
 
 
 def _changed(plan: Any, bundle_folder: Path) -> dict[str, float]:
-    """The classifier that the run began with beside the one that it ended with."""
+    """The classifier that the run began with beside the one that it ended with, and beside the snapshot farthest from it."""
     from pipeline.bundle import load_bundle
     from pipeline.connectivity import compare_classifiers
     from pipeline.metrics.examples import Example, Examples
@@ -80,8 +83,18 @@ def _changed(plan: Any, bundle_folder: Path) -> dict[str, float]:
 
     bundle = load_bundle(bundle_folder)
     before = build(plan)[0].backbone
+    snapshot = copy.deepcopy(before)
     examples = Examples(plan.data, bundle.spec, split="val", limit=COMPARED_IMAGES, seed=0)
     shown = [e for batch in examples.batches(32) for e in batch if isinstance(e, Example)]
     x = Normaliser(bundle.spec.mean, bundle.spec.std, "cpu")(np.stack([example.image for example in shown]))
     targets = torch.tensor([bundle.spec.class_index[example.label] for example in shown])
-    return compare_classifiers(before, bundle.model.backbone, x, targets)
+    found = compare_classifiers(before, bundle.model.backbone, x, targets)
+    saved = torch.load(bundle_folder.parent / "state.pt", map_location="cpu", weights_only=True)["population"]
+    compared = []
+    for state in saved:
+        snapshot.load_state_dict(state)
+        compared.append(compare_classifiers(before, snapshot, x, targets))
+    if compared:
+        found["agreement_snapshots"] = min(pair["agreement"] for pair in compared)
+        found["loss_barrier_snapshots"] = max(pair["loss_barrier"] for pair in compared)
+    return found

@@ -31,10 +31,11 @@ from pipeline.clean_cache import CleanCache
 from pipeline.data.batches import TrainingBatches, block_order
 from pipeline.data.geometry import Geometry, fit
 from pipeline.data.images import Images
-from pipeline.fills import make_fill
+from pipeline.fills import Colour, make_fill
 from pipeline.mask_statistics import mask_statistics, summarise
 from pipeline.masker import default_mask_size
 from pipeline.model import SaliencyModel, build_masker
+from pipeline.objectives import class_weights_of
 from pipeline.population import Population
 from pipeline.reporting import Reporter
 from pipeline.settings import configure, describe
@@ -160,6 +161,8 @@ def train(plan: TrainingPlan, reporter: Reporter, *, resume: Path | None = None,
     normalise = Normaliser(plan.mean, plan.std, device)
     fill = make_fill(preset.fill, preset.fill_options, mean=plan.mean, std=plan.std)
     blank_image = torch.zeros(1, 3, plan.input_size, plan.input_size, device=device)
+    if isinstance(fill, Colour) and preset.fill_sides != "in":  # of the other fills, zero is what holds no picture
+        blank_image = fill.content(blank_image, torch.zeros_like(blank_image[:, :1]))
     population = (
         Population(config=preset.population, seed=plan.seed)
         if preset.population and preset.classifier == "joint"
@@ -176,6 +179,7 @@ def train(plan: TrainingPlan, reporter: Reporter, *, resume: Path | None = None,
         autocast=torch.autocast(device, torch.bfloat16) if precision == "bf16" else None,
         scratch=untrained,
         classes=plan.class_index,
+        class_weights=class_weights_of(plan.labels, len(plan.class_names)),
         cache=CleanCache(preset.augmentation.views * len(plan.paths)) if preset.augmentation.views else None,
     )
     first, spent, rows = 0, 0.0, []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,10 +16,10 @@ from pipeline.spec import BackboneSpec, MaskerSpec, ModelSpec
 SIZE = 64
 
 
-def untrained_bundle(path: Path, *, outputs: int | None = None, geometry: str = "squash") -> Bundle:
+def untrained_bundle(path: Path, *, outputs: int | None = None, geometry: str = "squash", **masker: Any) -> Bundle:
     """A ResNet-18 with random weights for the classes of the planted set, in memory.
 
-    ``outputs``: a larger head, in which data class k is logit ``outputs - 1 - k``.
+    ``outputs``: a larger head, in which data class k is logit ``outputs - 1 - k``.  ``masker``: of its `MaskerSpec`.
     """
     torch.manual_seed(0)
     classes = sorted(KINDS)
@@ -36,7 +37,7 @@ def untrained_bundle(path: Path, *, outputs: int | None = None, geometry: str = 
                 outputs=count,
                 taps=choose_taps(pyramid("torchvision", classifier, SIZE), None),
             ),
-            "masker": MaskerSpec(),
+            "masker": MaskerSpec(**masker),
             "preset": "fix",
             "input_size": SIZE,
             "mask_size": SIZE // 4,

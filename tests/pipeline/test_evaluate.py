@@ -144,6 +144,30 @@ def test_published_quirks(metrics: dict, bundle: Bundle, data: Path) -> None:
         assert published[name] == pytest.approx(metrics[name], abs=1e-5)
 
 
+def test_a_masker_that_takes_a_class_is_told_the_one_that_is_asked_for(data: Path, tmp_path: Path) -> None:
+    bundle = untrained_bundle(tmp_path, class_conditional=True)
+    masker = bundle.model.masker
+    told: list[int] = []
+    masker.register_forward_pre_hook(lambda _m, _a, given: told.extend(given["labels"].tolist()), with_kwargs=True)
+    true = [k for k in range(len(bundle.spec.class_index)) for _ in range(2)]
+    by_label = evaluate(bundle, data, explain="label", baselines=(), progress=False)
+    assert sorted(told) == true
+    told.clear()
+    by_answer = evaluate(bundle, data, explain="predicted", baselines=(), progress=False)
+    assert sorted(told) != true  # an untrained classifier has a favourite
+    assert by_label["mask_mean"] != by_answer["mask_mean"]
+
+
+def test_a_wanted_area_reaches_the_masker(data: Path, tmp_path: Path) -> None:
+    bundle = untrained_bundle(tmp_path, target_area=True)
+    told: list[float] = []
+    bundle.model.masker.register_forward_pre_hook(
+        lambda _m, _a, given: told.extend(given["target_area"].tolist()), with_kwargs=True
+    )
+    evaluate(bundle, data, target_area=0.25, baselines=(), progress=False)
+    assert set(told) == {0.25}
+
+
 def test_the_limit_draws_by_the_seed(bundle: Bundle, data: Path) -> None:
     draws = [Examples(data, bundle.spec, limit=5, seed=seed).paths for seed in (0, 0, 1)]
     assert len(draws[0]) == 5 and draws[0] == draws[1] != draws[2]

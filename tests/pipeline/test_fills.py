@@ -12,7 +12,7 @@ import torch
 from scipy import ndimage
 
 from pipeline.errors import UsageError
-from pipeline.fills import FILLS, Fill, LocalMean, User, gaussian_blur, gaussian_kernel
+from pipeline.fills import FILLS, Fill, LocalMean, User, gaussian_blur, gaussian_kernel, make_fill
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -101,10 +101,23 @@ class Halves(torch.nn.Module):
 
 def test_a_users_fill_from_a_function_and_from_torchscript(images, tmp_path: Path) -> None:
     torch.jit.script(Halves()).save(str(tmp_path / "fill.pt"))
-    for fill in (User(function=Halves()), FILLS["user"](path=tmp_path / "fill.pt")):
+    made = FILLS["user"](path=tmp_path / "fill.pt"), FILLS["user"](function=halved)
+    for fill in (User(function=Halves()), *made, FILLS["user"](function=f"{__name__}:halved")):
         torch.testing.assert_close(fill.apply(images, hidden(images)), images * 0.5)
     with pytest.raises(ValueError, match="gave images of shape"):
         User(function=lambda x, keep: x[:1]).apply(images, hidden(images))
+    for options, message in (
+        ({}, "give fill_options.path=FILE"),
+        ({"function": "nowhere:inpaint"}, "no function nowhere:inpaint"),
+        ({"function": "inpaint"}, "no function inpaint"),
+        ({"function": "math:pi"}, "math:pi is no function"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            make_fill("user", options, mean=MEAN, std=STD)
+
+
+def halved(x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    return x * 0.5
 
 
 class Hostile:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.models import resnet50
 
 from pipeline.bundle import load_bundle
@@ -20,7 +23,14 @@ from pipeline.concrete import ConcreteConfig
 from pipeline.errors import UsageError
 from pipeline.import_published import main, read_checkpoint
 from pipeline.masker import Masker
+from pipeline.masking import upsample
 from pipeline.published import CHANNELS
+from tests.golden_checks._golden import GoldenFile, assert_close, load_golden
+from tests.golden_checks._inputs import seeded_weights
+from tests.golden_checks.masker import build as masker_of
+from tests.golden_checks.masker import features
+
+GOLDEN = Path(__file__).parent.parent / "golden"
 
 CA = {"masker_use_layers": "3,4", "prob_historic": 0.5, "fixed_classifier": False, "train_json": "train.json"}
 
@@ -49,6 +59,12 @@ def checkpoint(classifier: nn.Module, masker: Masker, args: Any, *, key: str = "
 
 def expected(classifier: nn.Module, masker: Masker, x: Tensor) -> tuple[Tensor, Tensor]:
     """Logits and native masks from the parts, without any backbone code of the product."""
+    with torch.no_grad():
+        return classifier(x), masker.masks(masker(maps_of(classifier, x)))
+
+
+def maps_of(classifier: nn.Module, x: Tensor) -> dict[int, Tensor]:
+    """The five maps of a torchvision ResNet."""
     maps: dict[int, Tensor] = {}
     stages = ("maxpool", "layer1", "layer2", "layer3", "layer4")
     hooks = [
@@ -56,11 +72,10 @@ def expected(classifier: nn.Module, masker: Masker, x: Tensor) -> tuple[Tensor, 
         for layer, name in enumerate(stages)
     ]
     with torch.no_grad():
-        logits = classifier(x)
-        masks = masker.masks(masker(maps))
+        classifier(x)
     for hook in hooks:
         hook.remove()
-    return logits, masks
+    return maps
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before-1.6"])
@@ -97,6 +112,91 @@ def test_a_predecessor_file_with_a_namespace_and_all_layers(classifier, tmp_path
     assert bundle.spec.backbone.batchnorm == "eval"
 
 
+@pytest.fixture(scope="module")
+def golden() -> tuple[dict[str, Any], GoldenFile]:
+    """The recorded layout of checkpoints, and the recorded masks."""
+    layout = json.loads((GOLDEN / "checkpoint_layout.json").read_text())
+    masks = load_golden(GOLDEN / "masker_a.npz")
+    assert isinstance(masks, GoldenFile)
+    return layout, masks
+
+
+@pytest.mark.parametrize("name", ["fix", "ca", "predecessor"])
+def test_a_file_of_the_recorded_layout_gives_the_recorded_masks(classifier, golden, tmp_path: Path, name: str) -> None:
+    layout, recorded = golden
+    layers = [0, 1, 2, 3, 4] if name == "predecessor" else [3, 4]
+    plain = {"add_prob_layers", "add_class_ids", "apply_gumbel"}
+    cases = recorded.json("cases_json")
+    place, case = next(
+        (i, case)
+        for i, case in enumerate(cases)
+        if case["use_layers"] == layers and not case["train"] and not any(case.get(key) for key in plain)
+    )
+    upsampling = case.get("final_upsample_mode", "nearest")
+    source = masker_of(case)
+    seeded_weights(source, case["weight_seed"])
+    variant = next(
+        r
+        for r in layout["state_dict_masker"]
+        if r["variant"].startswith(f"use_layers {str(layers)[1:-1]}".replace(", ", ","))
+    )
+    tensors = laid_out(source.state_dict(), variant["tensors"])
+    content = dict.fromkeys(layout["top_level_keys"])
+    content |= {
+        "epoch": 60,
+        "state_dict_classifier": laid_out(classifier.state_dict(), layout["state_dict_classifier"]["tensors"]),
+        "optimizer_classifier": torch.optim.SGD(classifier.parameters(), lr=1e-3).state_dict(),
+        "optimizer_masker": torch.optim.Adam(source.parameters()).state_dict(),
+        "state_dict_masker": tensors,
+    }
+    if name == "predecessor":
+        content["state_dict_decoder"] = content.pop("state_dict_masker")
+        content["args"] = argparse.Namespace(lambda_r=10.0, upsample=upsampling, fixed_classifier=False)
+    else:
+        options = layout["args"][f"final_{name.upper()}"] | layout["args"]["command_line_extra"]
+        content["args"] = options | {"upsample": upsampling}
+    torch.save(content, tmp_path / "published.chk")
+    main([str(tmp_path / "published.chk"), "--out", str(tmp_path / "bundle")])
+    bundle = load_bundle(tmp_path / "bundle")
+
+    masks = bundle.model.masker.masks(bundle.model.masker(features(case)))
+    if upsampling == "bilinear":
+        masks = upsample(masks, (224, 224), "bilinear")[:1]
+    else:
+        masks = upsample(masks, (224, 224), "nearest")[..., ::4, ::4]
+    assert_close(masks, recorded[f"mask_{place}"], 2e-5, "masks of the recorded maps")
+
+    x = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(2))
+    maps = {layer: maps_of(classifier, x)[layer] for layer in layers}
+    torch.testing.assert_close(bundle.model(x)[1], plain_masks(tensors, maps), atol=2e-5, rtol=0)
+    assert bundle.spec.backbone.batchnorm == ("eval" if name == "fix" else "train")
+
+
+def laid_out(state: Mapping[str, Tensor], tensors: list[dict[str, Any]]) -> OrderedDict[str, Tensor]:
+    """``state`` as a file of the recorded layout has it: these names in this order, of these shapes and types."""
+    result = OrderedDict((record["key"], state[record["key"]].clone()) for record in tensors)
+    for record in tensors:
+        value = result[record["key"]]
+        assert [list(value.shape), str(value.dtype)] == [record["shape"], f"torch.{record['dtype']}"], record
+    assert len(result) == len(state)
+    return result
+
+
+def plain_masks(tensors: Mapping[str, Tensor], maps: Mapping[int, Tensor]) -> Tensor:
+    """Masks from a checkpoint's tensors alone, as the paper writes the masker."""
+    stack = []
+    for layer, value in maps.items():
+        name = f"conv1x1_{layer}"
+        if f"{name}.0.weight" in tensors:
+            weight, bias, mean, var = (
+                tensors[f"{name}.1.{part}"] for part in ("weight", "bias", "running_mean", "running_var")
+            )
+            value = F.conv2d(value, tensors[f"{name}.0.weight"])
+            value = F.batch_norm(value, mean, var, weight, bias).relu()
+        stack.append(F.interpolate(value, size=(56, 56), mode="bilinear", align_corners=False))
+    return F.conv2d(torch.cat(stack, 1), tensors["final.0.weight"], tensors["final.0.bias"], padding=1).sigmoid()
+
+
 def test_options_that_change_the_network_are_obeyed(classifier, tmp_path: Path) -> None:
     masker = random_masker((4,), concrete=ConcreteConfig(), target_area=True, class_count=1000)
     args = {
@@ -123,6 +223,11 @@ def test_a_classifier_from_elsewhere(classifier, tmp_path: Path) -> None:
         main([str(tmp_path / "m.chk"), "--out", str(tmp_path / "bundle")])
     with pytest.raises(UsageError, match=r"--classifier .*no such file"):
         main([str(tmp_path / "m.chk"), "--out", str(tmp_path / "bundle"), "--classifier", str(tmp_path / "none.pt")])
+    bait = tmp_path / "owned"
+    torch.save(Hostile(Path.touch, bait), tmp_path / "evil.pt")
+    with pytest.raises(UsageError, match=r"evil\.pt"):
+        main([str(tmp_path / "m.chk"), "--out", str(tmp_path / "bundle"), "--classifier", str(tmp_path / "evil.pt")])
+    assert not bait.exists()
     torch.save(classifier.state_dict(), tmp_path / "resnet50.pt")
     main([str(tmp_path / "m.chk"), "--out", str(tmp_path / "bundle"), "--classifier", str(tmp_path / "resnet50.pt")])
     state = load_bundle(tmp_path / "bundle").model.backbone.state_dict()

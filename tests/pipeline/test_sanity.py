@@ -97,8 +97,15 @@ def test_the_head_does_not_matter_and_the_maps_do(bundle: Bundle, x: torch.Tenso
 
 
 def test_retrained_maskers_and_random_labels(bundle: Bundle, x: torch.Tensor, data: Path, tmp_path: Path) -> None:
-    retrained = list(retrained_masker(bundle, x, str(data), depth=1, seed=0, steps=2, points=1, folder=tmp_path / "m"))
-    assert [name for name, _ in retrained] == ["(none)", "conv1"]
+    common = {"depth": 1, "seed": 0, "steps": 2, "points": 1}
+    retrained = []
+    for cascading in (True, False):
+        found = list(
+            retrained_masker(bundle, x, str(data), cascading=cascading, folder=tmp_path / str(cascading), **common)
+        )
+        assert [name for name, _ in found] == ["(none)", "conv1"]
+        retrained += found
+    assert retrained[1] != retrained[3]  # all of the classifier, or its first layer alone
     labels = list(random_labels(bundle, x, str(data), seed=0, steps=2, folder=tmp_path / "l"))
     assert [name for name, _ in labels] == ["true labels", "random labels"]
     assert all(np.isfinite(row["spearman"]) for _, row in retrained + labels)

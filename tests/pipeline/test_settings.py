@@ -10,9 +10,9 @@ import torch
 
 from pipeline.backbone import choose_taps, create_classifier, pyramid, tap_classifier
 from pipeline.errors import UsageError
-from pipeline.fills import make_fill
+from pipeline.fills import Blur, Zero, make_fill
 from pipeline.model import SaliencyModel, build_masker
-from pipeline.objectives import KLPriorConfig, SideConfig, side_loss
+from pipeline.objectives import KLPriorConfig, SideConfig, class_weights_of, side_loss
 from pipeline.population import Population, PopulationConfig
 from pipeline.presets import PRESETS, Preset
 from pipeline.settings import configure, describe
@@ -25,6 +25,15 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "entropy on both sides": ("mask_in=entropy",),
     "classification on both sides": ("mask_out=classification",),
     "kl to the prior": ("mask_out=kl-prior", "mask_out.kl=backward"),
+    "kl to the prior of the data, both sides": (
+        "mask_in=kl-prior",
+        "mask_out=kl-prior",
+        "mask_out.frequencies=data",
+        "mask_out.class_weight=true",
+    ),
+    "the other way round": ("mask_in.direction=minimize", "mask_out=classification", "mask_out.direction=maximize"),
+    "entropy the other way round": ("mask_in=entropy", "mask_in.direction=maximize", "mask_out.direction=minimize"),
+    "a fill on one side": ("fill=blur", "fill_sides=in"),
     "target area": ("masker.target_area=true", "price.rule=fixed"),
     "class-conditional": ("masker.class_conditional=true",),
     "gumbel, hard": ("masker.concrete.mode=hard",),
@@ -92,6 +101,23 @@ def test_a_users_own_fill_trains(tmp_path: Path) -> None:
 
     torch.jit.save(torch.jit.script(Half()), tmp_path / "half.pt")
     assert moved(step_for(configure("fix", ["fill=user", f"fill_options.path={tmp_path / 'half.pt'}"])), "masker")
+
+
+def test_the_fill_goes_to_its_side() -> None:
+    fills = step_for(configure("fix", ["fill=blur", "fill_sides=out"])).fills
+    assert isinstance(fills["in"], Zero) and isinstance(fills["out"], Blur)
+
+
+def test_the_prior_of_the_data_is_how_often_its_classes_are() -> None:
+    weights = class_weights_of([0, 0, 0, 2], 4)
+    prior = (1 / weights) / (1 / weights).sum()
+    torch.testing.assert_close(prior, torch.tensor([4.0, 1.0, 2.0, 1.0]) / 8)
+    step = step_for(configure("ca", ["mask_out=kl-prior", "mask_out.frequencies=data"]))
+    config, answer = step.preset.mask_out, torch.zeros(2, CLASSES, dtype=torch.float64)
+    assert isinstance(config, KLPriorConfig)
+    step.class_weights = torch.arange(1.0, CLASSES + 1)
+    assert step._prior_weights(config, answer).tolist() == list(range(1, CLASSES + 1))
+    assert set(step._prior_weights(replace(config, frequencies="uniform"), answer).tolist()) == {1.0}
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))

@@ -24,7 +24,7 @@ from pipeline.study_rows import CORE, ROWS, choose_rows
 from pipeline.study_table import findings, interval, summarise, write_study
 
 
-def record(row: str, seed: int, le: float, **more) -> dict:
+def record(row: str, seed: int, le: float | None, **more) -> dict:
     figures = {"LE": le, "OM": le, "F1": 0.5, "PxAP": None, "MaxBoxAccV2": 0.5, "mask_mean": 0.3, "top1": 0.9}
     return {"row": row, "seed": seed, "config": {"arguments": []}, "metrics": figures, **more}
 
@@ -73,6 +73,15 @@ def test_findings_are_said_plainly(gains: tuple[float, ...], verdict: str) -> No
     assert verdict in sentence and "3 seeds" in sentence
 
 
+def test_runs_of_different_lengths_are_not_compared() -> None:
+    records = [record("both-frozen", 0, 0.5), record("in-frozen", 0, 0.6), record("both-frozen", 1, 0.5)]
+    records += [record("in-frozen", 1, None)]  # data without boxes
+    assert {line["row"]: line["pairs"] for line in summarise(records)}["in-frozen"] == 1
+    records[1]["config"] = {"arguments": ["--steps", "7"]}
+    line = next(line for line in summarise(records) if line["row"] == "in-frozen")
+    assert line["pairs"] == 0 and line["length"] == ", 7 steps"
+
+
 def test_what_is_missing(tmp_path: Path) -> None:
     rows = choose_rows("both-frozen,few-shot-1")
     assert [(row.name, seed) for row, seed in missing(rows, range(2), tmp_path, [])] == [
@@ -103,7 +112,7 @@ def test_a_classifier_beside_itself() -> None:
 
 @pytest.mark.timeout(600)
 def test_a_small_study_from_start_to_end(tmp_path: Path) -> None:
-    """Two rows, two seeds; run again it does nothing, and a record that is gone is made anew."""
+    """Two rows, two seeds; run again, only a record that is gone is made anew, from the run that is there."""
     random = np.random.default_rng(0)
     for split, count in (("train", 6), ("val", 4)):
         for label, name in enumerate(("dark", "light")):
@@ -129,8 +138,15 @@ def test_a_small_study_from_start_to_end(tmp_path: Path) -> None:
     assert all(path.stat().st_size < 1024 for path in records)
     assert "both sides instead of masked-in only, frozen classifier" in first.stdout
     assert (out / "study.html").read_text().count("<tr>") == 3 and "in-frozen" in (out / "study.md").read_text()
+    made = {path: path.stat().st_mtime_ns for path in records}
+    gone = json.loads(records[3].read_text())
+    records[3].unlink()
     again = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
-    assert again.returncode == 0 and "trial" not in again.stderr, again.stderr[-2000:]
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert all(path.stat().st_mtime_ns == made[path] for path in records[:3])
+    anew = json.loads(records[3].read_text())
+    assert {k: v for k, v in anew.items() if k != "seconds"} == {k: v for k, v in gone.items() if k != "seconds"}
+    assert set(anew["baselines"]) == {"whole", "center", "gaussian", "cam"} and anew["metrics"]["SM"] is not None
 
 
 def test_a_study_says_what_is_wrong(tmp_path: Path) -> None:
