@@ -26,6 +26,7 @@ import torch
 from onnx.utils import Extractor
 from torch import nn
 
+from export.gate_images import from_noise
 from export.graph import GraphConfig
 from export.source import from_bundle
 from pipeline.backbone import choose_taps, create_classifier, pyramid, tap_classifier
@@ -106,7 +107,8 @@ def a_bundle(flags: argparse.Namespace, path: Path) -> tuple[SaliencyModel, nn.M
         data_classes=["a"],
         class_index=[0],
     )
-    save_bundle(path, SaliencyModel(backbone=backbone, masker=masker), spec)
+    samples = from_noise(flags.image_size, 32).images  # to calibrate on
+    save_bundle(path, SaliencyModel(backbone=backbone, masker=masker), spec, samples)
     return load_bundle(path).model, network
 
 
