@@ -16,7 +16,8 @@ from pipeline.pages import render
 from pipeline.study_rows import ROWS
 
 LEVEL = 0.95
-BASELINES = ("cam", "center", "gaussian", "whole")
+CAM = "LE of CAM"
+"""Class activation maps of the classifier that the run ended with."""
 FIGURES = ("LE", "OM", "F1", "SM", "PxAP", "MaxBoxAccV2", "mask_mean", "top1")
 CHANGES = (
     "top1_before", "top1_after", "agreement", "loss_barrier", "agreement_snapshots", "loss_barrier_snapshots",
@@ -49,9 +50,8 @@ def summarise(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         for change in CHANGES:
             values = [run[change] for run in changes if change in run]
             line[change] = interval(values) if values else None
-        for name in BASELINES:
-            values = [run["baselines"][name] for run in runs.values() if run.get("baselines", {}).get(name) is not None]
-            line[f"LE of {name}"] = interval(values) if values else None
+        values = [run["cam"] for run in runs.values() if run.get("cam") is not None]
+        line[CAM] = interval(values) if values else None
         line["length"] = ", ".join(sorted({length_of(run) for run in runs.values()}))
         others = by_row.get(row.reference, {})
         both = sorted(s for s in runs.keys() & others.keys() if length_of(runs[s]) == length_of(others[s]))
@@ -106,7 +106,7 @@ def write_study(records: Sequence[dict[str, Any]], out: Path, *, title: str) -> 
     """Write ``out/study.csv``, ``study.md`` and ``study.html``."""
     table = summarise(records)
     with (out / "study.csv").open("w", newline="", encoding="utf-8") as file:
-        columns = [*FIGURES, *(f"LE of {name}" for name in BASELINES), *CHANGES, "LE_difference"]
+        columns = [*FIGURES, CAM, *CHANGES, "LE_difference"]
         writer = csv.writer(file)
         ends = [f"{name}{end}" for name in columns for end in ("", "_low", "_high")]
         writer.writerow(["row", "reference", "seeds", "length", "pairs", *ends])
@@ -119,7 +119,7 @@ def write_study(records: Sequence[dict[str, Any]], out: Path, *, title: str) -> 
         filters={"cell": cell},
         title=title,
         table=table,
-        figures=(*FIGURES, *(f"LE of {name}" for name in BASELINES)),
+        figures=(*FIGURES, CAM),
         changes=CHANGES,
         findings=findings(table),
         plot=plot(records, table),
@@ -137,7 +137,7 @@ def cell(value: tuple[float, float, float] | None) -> str:
 
 def markdown(table: Sequence[dict[str, Any]], title: str) -> str:
     """The table and what it says of the findings."""
-    names = [*FIGURES, "LE_difference", *(f"LE of {name}" for name in BASELINES), *CHANGES]
+    names = [*FIGURES, "LE_difference", CAM, *CHANGES]
     lines = [
         f"# {title}",
         "",
