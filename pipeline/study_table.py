@@ -18,7 +18,7 @@ from pipeline.study_rows import ROWS
 LEVEL = 0.95
 CAM = "LE of CAM"
 """Class activation maps of the classifier that the run ended with."""
-FIGURES = ("LE", "OM", "F1", "SM", "PxAP", "MaxBoxAccV2", "mask_mean", "top1")
+FIGURES = ("LE", "OM", "F1", "PxAP", "MaxBoxAccV2", "mask_mean", "top1")
 CHANGES = (
     "top1_before", "top1_after", "agreement", "loss_barrier", "agreement_snapshots", "loss_barrier_snapshots",
 )  # fmt: skip

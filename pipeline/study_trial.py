@@ -16,8 +16,8 @@ import torch
 from pipeline.reporting import FolderReporter
 from pipeline.study_rows import Row
 
-KEPT = ("LE", "OM", "F1", "SM", "PxAP", "MaxBoxAccV2", "mask_iou", "mask_mean", "mask_std", "entropy", "top1", "top5")
-"""Figures of `metrics.json` that a record keeps."""
+KEPT = ("LE", "OM", "F1", "PxAP", "MaxBoxAccV2", "mask_iou", "mask_mean", "mask_std", "entropy", "top1", "top5")
+"""Figures of `metrics.json` that a record keeps; not the Saliency Metric, which takes longer than a short training."""
 COMPARED_IMAGES = 200
 """Validation images on which the classifier before is compared with the one after and with its snapshots."""
 
@@ -54,7 +54,9 @@ def run_trial(
     if resume is None or not (state / "bundle").is_dir():
         training.train(plan, FolderReporter(state, tell), resume=resume, device=device)
     explain = "label" if row.by_label else "predicted"
-    metrics = evaluate(state / "bundle", plan.data, explain=explain, baselines=("cam",), progress=False)
+    metrics = evaluate(
+        state / "bundle", plan.data, explain=explain, baselines=("cam",), original="none", progress=False
+    )
     record: dict[str, Any] = {
         "row": row.name,
         "seed": seed,
