@@ -33,9 +33,9 @@ Method = Literal["minmax", "entropy", "percentile"]
 
 CALIBRATED = ("int8-cpu", "int8-tensorrt", "fp8")
 SENSITIVE_OPS = ("Sigmoid", "Resize", "HardSigmoid", "TopK", "ArgMax")
-SMALL_LAYER = 32_768
-"""Layers with fewer weights stay in fp16 in the graphs for TensorRT: next to nothing is saved, they are the sensitive
-ones (stem, depthwise), and each quantised layer costs an epilogue kernel of its own: 120 kB in a plan."""
+SMALL_LAYER = 131_072
+"""Layers with fewer weights stay in fp16 in the graphs for TensorRT: they are the sensitive ones (stem, depthwise), and
+each quantised layer costs kernels of its own, 120 to 190 kB in a plan, which is more than halving its weights saves."""
 AMPLIFIES = 30.0
 """A layer with an output whose weights have at least this L2 norm makes the rounding of its input that much larger.
 Most layers have 1 to 5; MobileNetV2's first depthwise layer, after folding BatchNorm, 145: kept in float32, it halves

@@ -27,7 +27,7 @@ def parser() -> Parser:
 
     presets = "; ".join(f"{name}: {preset.summary}" for name, preset in PRESETS.items())
     p = Parser("pipeline.train", "Train a masker with its classifier on Ray Train; running it again resumes.")
-    p.add_argument("--preset", choices=sorted(PRESETS), default="ca", help=f"the method. {presets} (default ca)")
+    p.add_argument("--preset", choices=sorted(PRESETS), default="fix", help=f"the method. {presets} (default fix)")
     p.add_argument(
         "--recipe",
         choices=sorted(RECIPES),
