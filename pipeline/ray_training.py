@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import shutil
 import tempfile
 import threading
@@ -38,6 +39,10 @@ MAY_CHANGE = ("steps", "budget", "threads", "checkpoint_seconds", "validate_seco
 """Fields of a plan that a run may be continued with another value of."""
 PATIENCE = 3600.0
 """Seconds after which a validation without a record counts as failed."""
+LEAVE_SECONDS = 20.0
+"""How long an interrupted command may take to end by itself."""
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as a shell gives it."""
 RESTARTS = 100
 """Worker failures that a run survives; each costs at most the steps since the last checkpoint."""
 
@@ -223,6 +228,8 @@ def fit(
 def run_to_end(trainer: TorchTrainer) -> ray.train.Result:
     """``trainer.fit()``, which Ctrl-C interrupts as it does any program: in a thread, for in the main one Ray takes the signal
     for itself and ends the process with a status that says nothing.  The last checkpoint is in the run's storage.
+
+    Python joins threads before it ends, and one of Ray's may wait for ever: then the process ends without them.
     """
     outcome: Future[ray.train.Result] = Future()
 
@@ -233,7 +240,13 @@ def run_to_end(trainer: TorchTrainer) -> ray.train.Result:
             outcome.set_exception(error)
 
     threading.Thread(target=work, daemon=True).start()
-    return outcome.result()
+    try:
+        return outcome.result()
+    except KeyboardInterrupt:
+        last_resort = threading.Timer(LEAVE_SECONDS, os._exit, (INTERRUPTED,))
+        last_resort.daemon = True
+        last_resort.start()
+        raise
 
 
 def last_step(result: ray.train.Result) -> int:

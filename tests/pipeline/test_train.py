@@ -140,12 +140,16 @@ def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(data: Path, tmp_path: Path) ->
     command = [sys.executable, "-m", "pipeline.train", *arguments, "--steps", "100000"]
     run = subprocess.Popen(command, env=ENVIRONMENT, start_new_session=True, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 300
-    while not list(out.glob("checkpoints/checkpoint_*/log.csv")):
-        assert run.poll() is None and time.monotonic() < deadline
-        time.sleep(0.2)
-    time.sleep(1)
-    os.killpg(run.pid, signal.SIGINT)  # as a terminal does
-    _, stderr = run.communicate(timeout=120)
+    try:
+        while not list(out.glob("checkpoints/checkpoint_*/log.csv")):
+            assert run.poll() is None and time.monotonic() < deadline
+            time.sleep(0.2)
+        time.sleep(1)
+        os.killpg(run.pid, signal.SIGINT)  # as a terminal does
+        _, stderr = run.communicate(timeout=120)
+    finally:
+        if run.poll() is None:  # or it takes the cores away from all that follows
+            os.killpg(run.pid, signal.SIGKILL)
     assert run.returncode == 130 and "Traceback" not in stderr, stderr[-3000:]
     saved = max(len(log.read_text().splitlines()) - 1 for log in out.glob("checkpoints/checkpoint_*/log.csv"))
     again = train(*arguments, "--steps", saved + 3)
