@@ -12,7 +12,7 @@ def engine_sha256(engine: str) -> str:
     """Hash of an engine file or a bundle.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is none, or a plan is not the file that its manifest describes.
     """
     path = Path(engine)
     if path.is_dir():
@@ -22,8 +22,13 @@ def engine_sha256(engine: str) -> str:
         return bundle_sha256(path)
     if not path.is_file():
         raise UsageError(f"--engine {engine}: no such file or bundle; give model.onnx, model.plan or a bundle folder")
+    from export.engine import PLAN_SUFFIXES
     from export.files import file_sha256
 
+    if path.suffix in PLAN_SUFFIXES:  # a worker would find it out too late, and tell it by Ray's tracebacks
+        from export.plan_engine import check_file
+
+        return str(check_file(path).engine_sha256)
     return file_sha256(path)
 
 

@@ -17,6 +17,7 @@ from export.plan_engine import check_fit, served
 from export.triton import configuration
 from pipeline.data.planted import write_planted
 from pipeline.errors import UsageError
+from serving import batch
 
 without_gpu = pytest.mark.skipif(bool(gpus()), reason="this machine has a GPU")
 
@@ -192,6 +193,7 @@ def test_damaged_engines(engines, tmp_path, bundle, complaint):
     with pytest.raises(UsageError, match=r"truncated.*rebuild it with 'python -m export\.trt --model .*int8\.plan"):
         open_engine(path)
     assert "truncated" in complaint(parity, "--model", bundle.path, "--engine", path)
+    assert "truncated" in complaint(batch, "--engine", path, "--input", tmp_path, "--output", tmp_path / "out")
     path = copy_of(engines["int8"], tmp_path, ".json")
     path.write_bytes(bytes(path.stat().st_size))
     with pytest.raises(UsageError, match=r"other bytes.*rebuild it with"):
