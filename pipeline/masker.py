@@ -96,6 +96,13 @@ class Masker(nn.Module):
                 fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
                 nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / fan_out))
 
+    @property
+    def last(self) -> nn.Conv2d:
+        """The 3x3 convolution that gives the logits."""
+        last = self.final.conv if isinstance(self.final, ConcreteHead) else self.final[0]
+        assert isinstance(last, nn.Conv2d)
+        return last
+
     def forward(
         self, features: Mapping[int, Tensor], *, target_area: Tensor | None = None, labels: Tensor | None = None
     ) -> Tensor:
@@ -105,8 +112,7 @@ class Masker(nn.Module):
         maps unless the caller detaches them.  ``target_area`` (N,) in [0, 1]; ``labels`` (N,) int64.
         """
         constants = self._constants(features[self.layers[0]], target_area, labels)
-        last = self.final.conv if isinstance(self.final, ConcreteHead) else self.final[0]
-        assert isinstance(last, nn.Conv2d)
+        last = self.last
         windows = last.weight[0].flatten(1).split(self.widths)  # per layer (channels, 9)
         summed: Tensor | None = None
         for layer, window in zip(self.layers, windows, strict=True):

@@ -93,6 +93,9 @@ class Preset:
     """The masker: its inputs beside the maps, and how its logits become masks."""
     layers: tuple[int, ...] | Literal["deep", "all"] = "deep"
     """Layers that the masker reads, 0 the finest: `deep` is the maps of 4 to 16 cells, at most three."""
+    first_masks: Literal["even", "published"] = "published"
+    """`even`: the masker starts with soft masks of half the picture (`pipeline.first_masks`); `published`: with what its
+    initial weights happen to give, mostly 0 or 1."""
     area_range: tuple[float, float] = (0.25, 0.75)
     """Wanted areas are drawn from this range, one for each picture, where the masker takes one."""
     fakes: float = 0.0
@@ -185,6 +188,7 @@ PRESETS: dict[str, Preset] = {
             mask_in=_IN,
             mask_out=_OUT,
             weight_blank=1.0,
+            first_masks="even",
             population=PopulationConfig(probability=0.5, save_every=50, size=10, own_clean=True),
             pretraining=0.3,
             # A classifier that learns along reads more out of what a mask leaves, so that less can be asked of the mask.
@@ -197,6 +201,7 @@ PRESETS: dict[str, Preset] = {
             classifier="frozen",
             mask_in=_IN,
             mask_out=_OUT,
+            first_masks="even",
             pretraining=0.5,
             # Pictures with grey holes are strange to a frozen classifier, so that fewer of them can be recognised.
             price=AreaPriceConfig(target=0.85, largest_leak=0.3, sufficiency=0.45),

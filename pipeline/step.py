@@ -27,6 +27,7 @@ from pipeline.batchnorm import frozen_statistics
 from pipeline.blank import blank_answer, blank_loss, unit_of, wide
 from pipeline.clean_cache import CleanCache
 from pipeline.fills import Fill, Zero
+from pipeline.first_masks import even_out
 from pipeline.masking import mask_in, mask_out, upsample
 from pipeline.model import SaliencyModel
 from pipeline.objectives import KLPriorConfig, SideConfig, kl_prior_criterion, side_loss
@@ -150,6 +151,8 @@ class JointStep:
         """
         drawn = self.population.draw(step) if self.population is not None and phase == "joint" else None
         self._set_rates(phase, course)
+        if phase == "joint" and self.preset.first_masks == "even" and not self.masker_optimiser.state:
+            self._even_out(batch)
         if self.preset.compat == "published" and self.joint and phase == "joint":
             clean = self.clean(batch, divisor=divisor, phase=phase)
             gradients = self.gradients(Losses(None, clean.loss, {}))[1]
@@ -292,6 +295,20 @@ class JointStep:
                 torch.zeros_like(p) if g is None else g for p, g in zip(self.classifier_parameters, found, strict=True)
             ]
         return masker, classifier
+
+    @torch.no_grad()
+    def _even_out(self, batch: Batch) -> None:
+        """Let the masker, which has not learnt yet, begin with masks of half the picture."""
+        backbone, masker = self.model.backbone, self.model.masker
+        backbone.eval()
+        with self.autocast:
+            maps = backbone(batch.images).features
+            even_out(
+                masker,
+                maps,
+                target_area=batch.areas if masker.target_area else None,
+                labels=batch.labels if masker.class_module is not None else None,
+            )
 
     # -- parts ------------------------------------------------------------------------------------------------------
 

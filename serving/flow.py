@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import WorkError
+from pipeline.errors import UsageError, WorkError
 from serving.cluster import Workers
 
 if TYPE_CHECKING:
@@ -21,22 +21,31 @@ if TYPE_CHECKING:
 
 
 class ShardWorker:
-    """What runs in each actor: a `ShardScorer` and the shards that come."""
+    """What runs in each actor: a `ShardScorer` and the shards that come.
+
+    An engine that does not fit its machine is told by the reports: raised here, Ray would wrap it in its own tracebacks.
+    """
 
     def __init__(self, *, config: dict[str, Any], plan: str, retry_errors: bool) -> None:
         from ray.util.metrics import Counter
 
         from serving.scorer import ScorerConfig, ShardScorer
 
-        self.scorer = ShardScorer(ScorerConfig(**config))
+        self.refusal = ""
+        try:
+            self.scorer = ShardScorer(ScorerConfig(**config))
+        except (UsageError, WorkError) as error:
+            self.refusal = str(error)
         self.plan = plan
         self.retry_errors = retry_errors
         self.images = Counter("onepass_batch_images", description="Rows written by batch jobs", tag_keys=("status",))
 
     def __call__(self, batch: Any) -> dict[str, list[Any]]:
         from serving.plan import read_shard
-        from serving.scorer import report_fields
+        from serving.scorer import refused, report_fields
 
+        if self.refusal:
+            return report_fields(refused(self.refusal))
         (row,) = batch.select(["file", "group"]).to_pylist()
         shard = read_shard(self.plan, row["file"], row["group"])
         decoded = batch.column("decoded")[0].as_buffer() if "decoded" in batch.column_names else None
@@ -70,6 +79,7 @@ def score_shards(prepared: Prepared, workers: Workers, progress: Progress) -> It
     """Score the pending shards; yields a report for each, in the order in which they are finished.
 
     Raises:
+        UsageError: the engine does not fit the machine of a worker.
         WorkError: a worker could not begin or go on.
     """
     import ray
@@ -108,7 +118,10 @@ def score_shards(prepared: Prepared, workers: Workers, progress: Progress) -> It
         num_gpus=workers.gpus,
     )
     try:
-        yield from reports.iter_rows()
+        for report in reports.iter_rows():
+            if report["refusal"]:
+                raise UsageError(report["refusal"])
+            yield report
     except ray.exceptions.RayError as error:
         raise WorkError(cause(error)) from error
 

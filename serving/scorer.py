@@ -80,6 +80,13 @@ class ShardReport:
     infer_seconds: float
     failures: str
     """Some of the rows with an error, as a JSON list of their `uri` and `error`."""
+    refusal: str = ""
+    """Why the worker cannot score at all, whatever the shard; then nothing was done."""
+
+
+def refused(why: str) -> ShardReport:
+    """What a worker answers that could not open its engine."""
+    return ShardReport(key="", rows=0, errors=0, retried=0, seconds=0.0, infer_seconds=0.0, failures="[]", refusal=why)
 
 
 class ShardScorer:

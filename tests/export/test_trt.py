@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import onnx
 import pytest
+from PIL import Image
 
 from export import doctor, parity, trt
 from export.build import BuildConfig, check_config, parse_profile
@@ -229,6 +232,23 @@ def test_engines_of_another_version_or_gpu(engines):
         check_fit(path, theirs, "11.4.0", ada)
     roaming = {"hardware_compatibility": "ampere+", "version_compatible": True}
     check_fit(path, theirs.model_copy(update={"build": manifest.build | roaming}), "11.5.0", ada)
+
+
+def test_a_plan_of_another_version_ends_a_batch_job_in_one_line(engines, tmp_path):
+    path = copy_of(engines["int8"], tmp_path, ".json")
+    sidecar = path.with_name("model.plan.json")
+    manifest = read_sidecar(path)
+    newer = manifest.model_copy(update={"versions": manifest.versions | {"tensorrt-rtx": "99.1.0"}})
+    sidecar.write_text(newer.model_dump_json())
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (80, 60)).save(tmp_path / "in" / "a.png")
+    command = [sys.executable, "-m", "serving.batch", "--engine", path, "--input", tmp_path / "in"]
+    done = subprocess.run([*command, "--output", tmp_path / "out"], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    said = done.stderr.replace("\r", "\n").splitlines()  # the progress bar stands before it
+    assert "was built with tensorrt-rtx 99.1.0, here is" in said[-1] and "rebuild it here with" in said[-1]
+    assert not any("Traceback" in line or "ray." in line for line in said)
+    assert not list((tmp_path / "out").glob("*.parquet"))
 
 
 def test_tensorrt_itself_wants_a_gpu(tmp_path, complaint, exported):
