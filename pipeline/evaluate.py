@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.allocator import keep_freed_memory
 from pipeline.cli import Parser, run
 from pipeline.errors import UsageError, WorkError
 
@@ -73,6 +74,7 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
+    keep_freed_memory()
     evaluation = run_evaluation(
         arguments.model,
         arguments.data,

@@ -66,6 +66,7 @@ def plan_training(arguments: argparse.Namespace) -> TrainingPlan:
     if batch < 2:
         raise UsageError(f"--batch-size {batch}: BatchNorm needs at least 2 images a step")
     steps = arguments.steps or max(1, round(arguments.epochs * len(split.paths) / batch))
+    validate_seconds, validate_steps = validation_interval(arguments, split, batch)
     plan = TrainingPlan(
         preset=preset.name,
         data=split.root,
@@ -90,32 +91,34 @@ def plan_training(arguments: argparse.Namespace) -> TrainingPlan:
         settings=tuple(settings),
         precision=arguments.precision,
         checkpoint_seconds=parse_time(arguments.checkpoint_every, "--checkpoint-every"),
-        validate_seconds=validation_interval(arguments, split),
+        validate_seconds=validate_seconds,
+        validate_steps=validate_steps,
     )
     build(plan)  # whatever is wrong with the classifier, its weights or its layers is said now and not by a worker
     return plan
 
 
-def validation_interval(arguments: argparse.Namespace, split: Split) -> float | None:
-    """Seconds between validations; none where none is asked for.
+def validation_interval(arguments: argparse.Namespace, split: Split, batch: int) -> tuple[float | None, int | None]:
+    """Seconds or steps between validations; none of both where none is asked for.
 
     Raises:
         UsageError: there is nothing to validate on, or a figure to select by and no validation.
     """
     if arguments.validate_every is None:
         if arguments.select:
-            raise UsageError(f"--select {arguments.select}: nothing is validated; add --validate-every, such as 10m")
-        return None
+            raise UsageError(f"--select {arguments.select}: nothing is validated; add --validate-every epoch, or 10m")
+        return None, None
     if arguments.validation_images < 1:
         raise UsageError(f"--validation-images {arguments.validation_images}: give a number of at least 1")
-    seconds = parse_time(arguments.validate_every, "--validate-every")
+    by_epoch = arguments.validate_every == "epoch"
+    seconds = None if by_epoch else parse_time(arguments.validate_every, "--validate-every")
     read_split(split.root, "val", classes=split.classes)
     known = Annotations.of(split.root)
     if arguments.select in NEED_BOXES and not known.box_table:
         raise UsageError(f"--select {arguments.select}: {split.root} has no boxes.csv; add it, or select by top1")
     if arguments.select in NEED_MASKS and (known.mask_folder is None or not known.mask_folder.is_dir()):
         raise UsageError(f"--select {arguments.select}: {split.root} has no folder masks/; add it, or select by top1")
-    return seconds
+    return seconds, max(1, round(len(split.paths) / batch)) if by_epoch else None
 
 
 def parse_layers(text: str) -> str:

@@ -3,7 +3,7 @@
 How the presets transfer
 ------------------------
 The published weights (size 10 or 15, TV 0.001) were tuned for 1000 classes at 224 pixels, where the entropy that they
-are weighed against reaches log 1000.  With 10 classes the same numbers shrink every mask to nothing.  Four rules take
+are weighed against reaches log 1000.  With 10 classes the same numbers shrink every mask to nothing.  Five rules take
 their place, so that one preset holds from 10 classes to 1000, from 64 to 224 pixels, and for weak and strong classifiers:
 
 1. *Units.*  Both objectives are divided by the uncertainty of a blank picture: the entropy of the classifier's answer
@@ -21,6 +21,8 @@ their place, so that one preset holds from 10 classes to 1000, from 64 to 224 pi
 4. *Nothing.*  A classifier that learns along has to answer masked pictures, and among few classes it soon takes one of
    them for the answer to emptiness; the masks of that class then vanish, since nothing is enough to recognise it.  Such
    a classifier therefore also learns that a blank picture may be any class of the data.
+5. *Start.*  The published initialisation gives masks of 0 and 1 whose area the seed draws from 5 to 95 %; a run of a few
+   hundred steps may spend them all on getting over it.  Masks start soft and at half the picture (`pipeline.first_masks`).
 
 A classifier that starts from random weights is first trained by itself (`pretraining`), since the size term and the
 entropy term count only images that it gets right.

@@ -28,14 +28,16 @@ from ray.train.v2.api.validation_config import ValidationConfig, ValidationTaskC
 from pipeline import failures
 from pipeline.board import Board
 from pipeline.bundle import SAMPLES_FILE
+from pipeline.checkpoint_index import mend_index
 from pipeline.data import store
 from pipeline.errors import UsageError, WorkError
+from pipeline.placement import cpus_per_worker, machines, room
 from pipeline.training import TrainingPlan, complete_bundle
 from pipeline.validation import LEAST, LOWER_IS_BETTER, SCORE, collect, record_of, validate
 
 STORAGE_NAME = "checkpoints"
 PLAN_FILE = "plan.json"
-MAY_CHANGE = ("steps", "budget", "threads", "checkpoint_seconds", "validate_seconds", "precision")
+MAY_CHANGE = ("steps", "budget", "threads", "checkpoint_seconds", "validate_seconds", "validate_steps", "precision")
 """Fields of a plan that a run may be continued with another value of."""
 PATIENCE = 3600.0
 """Seconds after which a validation without a record counts as failed."""
@@ -43,6 +45,8 @@ LEAVE_SECONDS = 20.0
 """How long an interrupted command may take to end by itself."""
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as a shell gives it."""
+UNREAD = -1
+"""In place of the step of a checkpoint that could not be read."""
 RESTARTS = 100
 """Worker failures that a run survives; each costs at most the steps since the last checkpoint."""
 
@@ -118,17 +122,20 @@ def worker(config: dict[str, Any]) -> None:
     device = "cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu"
     checkpoint = ray.train.get_checkpoint()
     with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(checkpoint.as_directory())) if checkpoint else None
         done, first = 0.0, 0
-        if folder is not None:
-            state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True, mmap=True)
-            first = state["step"]
-            done = max(state["step"] / plan.steps, state["seconds"] / plan.budget if plan.budget else 0.0)
-            if done >= 1 and (folder / "bundle").is_dir():
-                return
-        if failures.lasting(run, first):
-            return
         try:
+            folder = Path(stack.enter_context(checkpoint.as_directory())) if checkpoint else None
+            if folder is not None:
+                first = UNREAD
+                if failures.lasting(run, first):
+                    return
+                state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True, mmap=True)
+                first = state["step"]
+                done = max(state["step"] / plan.steps, state["seconds"] / plan.budget if plan.budget else 0.0)
+                if done >= 1 and (folder / "bundle").is_dir():
+                    return
+            if failures.lasting(run, first):
+                return
             reporter = RayReporter(plan, run, first_course=done, first_step=first)
             training.train(plan, reporter, resume=folder, device=device)
         except Exception as error:
@@ -159,15 +166,21 @@ def fit(
         out = str(Path(out).resolve())  # workers have working directories of their own
     filesystem, root = open_storage(out)
     claim_run(filesystem, root, asdict(plan))
+    mended = mend_index(filesystem, f"{root}/{STORAGE_NAME}")
+    if mended is not None:
+        print(mended, flush=True)
     failures.forget(out)
     if not ray.is_initialized():
         join_cluster()
     resources = ray.cluster_resources()
     use_gpu = gpu == "yes" or (gpu == "auto" and resources.get("GPU", 0) >= 1)
     most = workers if isinstance(workers, int) else workers[1]
-    cpus = max(1, int(resources.get("CPU", 1)) // most)
-    if not use_gpu and resources.get("CPU", 0) < (workers if isinstance(workers, int) else workers[0]):
-        raise UsageError(f"--workers {most}: the cluster has {resources.get('CPU', 0):.0f} CPUs; ask for fewer workers")
+    least = workers if isinstance(workers, int) else workers[0]
+    found = machines()
+    cpus = cpus_per_worker(found, most, gpu=use_gpu)
+    if room(found, 1, gpu=use_gpu) < least:
+        has = f"{resources.get('CPU', 0):.0f} CPUs" + (f" and {resources.get('GPU', 0):.0f} GPUs" if use_gpu else "")
+        raise UsageError(f"--workers {least}: the cluster has {has}, each worker needs one; ask for fewer workers")
     fields = asdict(plan) | {"threads": cpus, "run": out}
     spare = int(resources.get("CPU", 1)) - most * cpus
     validation = ValidationConfig(
@@ -206,6 +219,12 @@ def fit(
         raise WorkError(
             f"training failed: {root_cause(error)}; the same command goes on from the last checkpoint"
         ) from error
+    failure = failures.lasting(out, UNREAD)
+    if failure is not None and result.checkpoint is not None:
+        raise WorkError(
+            f"the last checkpoint of {out} cannot be read ({failure.error}); delete {result.checkpoint.path}, and the same "
+            "command goes on from the one before it"
+        )
     failure = failures.lasting(out, last_step(result))
     if failure is not None:
         raise WorkError(

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.allocator import keep_freed_memory
 from pipeline.cli import Parser, run
 from pipeline.errors import UsageError, WorkError
 
@@ -54,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         WorkError: a trial failed; the table holds the others.
     """
     arguments, further = parser().parse_known_args(argv)
+    keep_freed_memory()
     from pipeline.study_rows import choose_rows
     from pipeline.study_table import findings, summarise, write_study
 

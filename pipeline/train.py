@@ -14,6 +14,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from pipeline.allocator import keep_freed_memory
 from pipeline.cli import Parser, run
 from pipeline.errors import UsageError, WorkError
 
@@ -126,8 +127,9 @@ def parser() -> Parser:
     p.add_argument("--checkpoint-every", default="2m", metavar="TIME", help="time between checkpoints (default 2m)")
     p.add_argument(
         "--validate-every",
-        metavar="TIME",
-        help="judge the masker on val/ this often, beside the training; figures go to RUN/validation.csv (default: never)",
+        metavar="TIME|epoch",
+        help="judge the masker on val/ this often, or after every pass over the data, beside the training; figures go to "
+        "RUN/validation.csv (default: never)",
     )
     p.add_argument(
         "--validation-images",
@@ -167,6 +169,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         WorkError: the training failed.
     """
     arguments = parse(argv)
+    keep_freed_memory()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -174,6 +177,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     workers = parse_workers(arguments.workers)
     plan = plan_training(arguments)
+    most = workers if isinstance(workers, int) else workers[1]
+    if most > plan.batch_size:
+        raise UsageError(
+            f"--workers {arguments.workers}: more than the {plan.batch_size} pictures of a step; raise --batch-size or lower --workers"
+        )
     print(describe(plan), flush=True)
     if arguments.dry_run:
         show_forecast(plan, recipe=arguments.recipe, workers=workers if isinstance(workers, int) else workers[0])

@@ -41,6 +41,7 @@ from pipeline.reporting import Reporter
 from pipeline.settings import configure, describe
 from pipeline.spec import BackboneSpec, ModelSpec
 from pipeline.step import Batch, JointStep
+from pipeline.validation_schedule import ValidationSchedule
 
 SAMPLES = 256
 NOTICE_SECONDS = 5.0
@@ -88,9 +89,16 @@ class TrainingPlan:
     checkpoint_seconds: float = 120.0
     """Seconds between two checkpoints."""
     validate_seconds: float | None = None
-    """Seconds between two validations while the masker learns; none: no validation."""
+    """Seconds between two validations while the masker learns; none: not by the clock."""
+    validate_steps: int | None = None
+    """Steps between two validations; none: not by steps."""
     threads: int = 1
     """CPU threads of each worker."""
+
+    @property
+    def validates(self) -> bool:
+        """Whether checkpoints are judged on the way."""
+        return self.validate_seconds is not None or self.validate_steps is not None
 
     @classmethod
     def of(cls, fields: dict[str, Any]) -> TrainingPlan:
@@ -113,7 +121,11 @@ def build(plan: TrainingPlan) -> tuple[SaliencyModel, ModelSpec, bool]:
     if plan.weights is not None:
         is_file = Path(plan.weights).suffix in (".safetensors", ".pt", ".pth", ".bin") or Path(plan.weights).exists()
         state = read_state_dict(plan.weights) if is_file else hub_weights(plan.source, plan.name, plan.weights)
-        untrained = bool(load_weights(classifier, state, where=f"--weights {plan.weights}"))
+        fresh = load_weights(classifier, state, where=f"--weights {plan.weights}")
+        untrained = bool(fresh)
+        if preset.classifier == "frozen":  # all of it but a head that the weights do not fit
+            for parameter_name, parameter in classifier.named_parameters():
+                parameter.requires_grad_(parameter_name in fresh)
     maps = pyramid(plan.source, classifier, plan.input_size)
     layers = range(len(maps)) if preset.layers == "all" else None if preset.layers == "deep" else preset.layers
     taps = choose_taps(maps, layers)
@@ -215,8 +227,9 @@ def train(plan: TrainingPlan, reporter: Reporter, *, resume: Path | None = None,
         threads=max(2, plan.threads),
     )
     started = time.monotonic()
-    # Times of the last checkpoint and validation, on the clock that all workers agree on.
-    seconds = saved = validated = asked_leaving = spent
+    # Time of the last checkpoint, on the clock that all workers agree on.
+    seconds = saved = asked_leaving = spent
+    schedule = ValidationSchedule(seconds=plan.validate_seconds, steps=plan.validate_steps, step=first, spent=spent)
     warned = False
     row: dict[str, Any] = {"step": first, "course": _course(plan, first, spent)}
     stream = batches.iterate(first)
@@ -246,14 +259,12 @@ def train(plan: TrainingPlan, reporter: Reporter, *, resume: Path | None = None,
             if row["course"] >= 1:
                 break
             validate = False
-            if phase == "joint" and plan.validate_seconds and seconds - validated >= plan.validate_seconds:
+            if phase == "joint" and schedule.due(step + 1, seconds):
                 validate = _agreed(0.0, collective.rank() == 0 and reporter.ready())[1]
-                if not validate:  # the last one is still going on: look again a little later
-                    validated += plan.validate_seconds / 4
+                (schedule.asked if validate else schedule.later)(step + 1, seconds)
             # A machine that is about to go gets one checkpoint more, and the run goes on elsewhere from there.
             if seconds - saved >= plan.checkpoint_seconds or validate or (leaving and not warned):
                 saved, warned = seconds, warned or leaving
-                validated = seconds if validate else validated
 
                 def write(folder: Path, row: dict[str, Any] = row, whole: bool = validate) -> None:
                     _save(folder, row, rows, model, step_of, population)
@@ -269,7 +280,7 @@ def train(plan: TrainingPlan, reporter: Reporter, *, resume: Path | None = None,
         save_bundle(folder / "bundle", model, spec.model_copy(update={"training": provenance(row)}))
         complete_bundle(folder / "bundle", plan, device=device)
 
-    reporter.checkpoint(finish, row, final=True, validate=plan.validate_seconds is not None)
+    reporter.checkpoint(finish, row, final=True, validate=plan.validates)
 
 
 def usable_threads(wanted: int) -> int:

@@ -10,6 +10,12 @@ import torch
 from pipeline.acceleration import _FoldingConv, accelerate
 from pipeline.backbone import Backbone, choose_taps, create_classifier, pyramid, tap_classifier
 from pipeline.batchnorm import synchronise
+from pipeline.fills import Zero
+from pipeline.model import SaliencyModel, build_masker
+from pipeline.population import Population, PopulationConfig
+from pipeline.presets import PRESETS
+from pipeline.spec import MaskerSpec
+from pipeline.step import Batch, JointStep
 
 NETWORKS = [
     ("torchvision", "resnet18", {}),
@@ -111,3 +117,37 @@ def test_strided_depthwise_convolutions_in_bfloat16() -> None:
 
     assert error(found, exact) < 1.5 * error(expected, exact) < 0.1
     assert error(gradients[0], exact_gradients[0]) < 1.5 * error(expected_gradients[0], exact_gradients[0])
+
+
+@pytest.mark.parametrize(("preset", "drawn"), [("fix", None), ("ca", None), ("ca", 0)])
+def test_the_fast_step_has_the_gradients_of_the_plain_one(preset: str, drawn: int | None) -> None:
+    """All of a joint step, MobileNet's folded and depthwise layers included: losses and every gradient, in float64."""
+    backbone = network("timm", "mobilenetv2_100", {"pad_type": "same"})
+    masker = build_masker(MaskerSpec(), backbone, mask_size=SIZE // 4, classes=5)
+    model = SaliencyModel(backbone=backbone, masker=masker).double()
+    method = PRESETS[preset]
+    joint = method.classifier == "joint"
+    found = []
+    for plain in (True, False):
+        population = Population(config=PopulationConfig(own_clean=True), seed=0)
+        step = JointStep(
+            model=copy.deepcopy(model),
+            preset=method,
+            fill=Zero(),
+            blank=torch.zeros(1, 3, SIZE, SIZE, dtype=torch.float64),
+            population=population,
+            batchnorm="eval",
+            trains_classifier=joint,
+            scratch=False,
+            plain=plain,
+        )
+        population.observe(0, model.backbone)
+        batch = Batch(images(), torch.tensor([0, 3, 1]))
+        losses = step.losses(batch, divisor=3, phase="joint", drawn=drawn)
+        assert losses.masker is not None and (losses.classifier is not None) == joint
+        masker_gradients, classifier_gradients = step.gradients(losses)
+        assert len(masker_gradients) > 5 and bool(classifier_gradients) == joint
+        logs = [value for _, value in sorted(losses.logs.items())]
+        found.append([*logs, losses.masker.detach(), *masker_gradients, *classifier_gradients])
+    for wanted, mine in zip(*found, strict=True):
+        assert torch.allclose(mine, wanted, rtol=1e-9, atol=1e-9 * max(1.0, wanted.abs().max().item()))

@@ -187,7 +187,7 @@ def test_an_inert_population_only_spares_the_classifier() -> None:
 
 def test_as_published_the_classifier_moves_before_it_judges() -> None:
     """The masker's gradient is the one under a classifier that has taken its clean step already."""
-    settings = ("compat=published", "population=none")
+    settings = ("compat=published", "population=none", "first_masks=published")
     step = step_for(configure("ca", settings))
     batch = a_batch()
     first = step_for(configure("ca", settings))

@@ -11,14 +11,20 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from pipeline import training
 from pipeline.bundle import load_bundle
+from pipeline.data import store
 from pipeline.data.planted import write_planted
+from pipeline.planning import plan_training
+from pipeline.reporting import FolderReporter
 from pipeline.train import parse_workers, parser
+from tests.s3_server import s3_server
 
 ENVIRONMENT = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "CUDA_VISIBLE_DEVICES": "", "RAY_ADDRESS": "local"}
 SMALL = ("--init", "resnet18", "--image-size", "32", "--batch-size", "8")
@@ -31,9 +37,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def train(*arguments: object, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+def train(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pipeline.train", *(str(a) for a in arguments)]
-    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout, check=False)
+    environment = ENVIRONMENT | environment
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
 
 
 def test_the_flags_are_frozen() -> None:
@@ -49,22 +56,35 @@ def test_the_flags_are_frozen() -> None:
 
 
 @pytest.mark.timeout(1500)
-def test_trains_and_resumes(data: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    arguments = ("--preset", "ca", "--data", data, "--out", out, *SMALL, "--checkpoint-every", "1s")
-    first = train(*arguments, "--steps", 6)
-    assert first.returncode == 0, first.stderr[-2000:]
-    bundle = load_bundle(out / "bundle")
-    assert bundle.spec.preset == "ca" and bundle.spec.training["steps"] == 6
-    assert bundle.samples is not None and bundle.samples.shape == (40, 32, 32, 3)
-    assert set(bundle.spec.mask_statistics) == {"area", "entropy", "off_centre"}
-    again = train(*arguments, "--steps", 9)
-    assert again.returncode == 0, again.stderr[-2000:]
-    with (out / "log.csv").open() as file:
-        steps = [int(row["step"]) for row in csv.DictReader(file)]
-    assert steps == list(range(1, 10)), "the second run went on where the first one ended"
-    other = train(*arguments, "--steps", 9, "--seed", 5)
-    assert other.returncode == 2 and "another seed" in other.stderr and other.stderr.count("\n") == 1
+def test_trains_from_s3_to_s3_and_resumes(data: Path, tmp_path: Path) -> None:
+    with s3_server() as settings:
+        files, _ = store.filesystem("s3://training")
+        files.mkdir("training")
+        for file in data.rglob("*"):
+            if file.is_file():
+                store.write_bytes(f"s3://training/set/{file.relative_to(data)}", file.read_bytes())
+        out = "s3://training/runs/one"
+        arguments = ("--preset", "ca", "--data", "s3://training/set", "--out", out, *SMALL, "--checkpoint-every", "1s")
+
+        def steps() -> list[int]:
+            text = store.read_bytes(f"{out}/log.csv").decode()
+            return [int(row["step"]) for row in csv.DictReader(text.splitlines())]
+
+        first = train(*arguments, "--steps", 6, **settings)
+        assert first.returncode == 0, first.stderr[-2000:]
+        files.get(f"{out}/bundle", str(tmp_path / "bundle"), recursive=True)
+        bundle = load_bundle(tmp_path / "bundle")
+        assert bundle.spec.preset == "ca" and bundle.spec.training["steps"] == 6
+        assert bundle.samples is not None and bundle.samples.shape == (40, 32, 32, 3)
+        assert set(bundle.spec.mask_statistics) == {"area", "entropy", "off_centre"}
+        index = f"{out}/checkpoints/checkpoint_manager_snapshot.json"
+        store.write_bytes(index, store.read_bytes(index)[:100])  # what a driver that is killed while it writes leaves
+        again = train(*arguments, "--steps", 9, **settings)
+        assert again.returncode == 0, again.stderr[-2000:]
+        assert "was torn; going on from checkpoint_" in again.stdout and "step 6" in again.stdout
+        assert steps() == list(range(1, 10)), "the second run went on where the first one ended"
+        other = train(*arguments, "--steps", 9, "--seed", 5, **settings)
+        assert other.returncode == 2 and "another seed" in other.stderr and other.stderr.count("\n") == 1
 
 
 @pytest.mark.timeout(1500)
@@ -93,6 +113,28 @@ def test_a_class_map_keeps_the_classifier_head(data: Path, tmp_path: Path) -> No
         assert np.array_equal(kept[f"extractor.{name}"], value), f"{name} of a frozen classifier moved"
 
 
+def test_without_a_class_map_a_frozen_classifier_gets_a_new_head_and_nothing_else(data: Path, tmp_path: Path) -> None:
+    import torch
+    import torchvision
+    from safetensors.torch import save_file
+
+    torch.manual_seed(1)
+    classifier = torchvision.models.resnet18(num_classes=20)
+    save_file(classifier.state_dict(), tmp_path / "mine.safetensors")
+    words = ("--preset", "fix", "--data", data, "--out", tmp_path / "run", *SMALL, "--steps", 4, "--init", "resnet18")
+    words = (*words, "--weights", tmp_path / "mine.safetensors")
+    plan = replace(plan_training(parser().parse_args([str(word) for word in words])), threads=1)
+    phases: list[str] = []
+    training.train(plan, FolderReporter(tmp_path / "state", lambda row: phases.append(row["phase"])))
+    assert phases == ["classifier"] * 2 + ["joint"] * 2
+    kept = load_bundle(tmp_path / "state/bundle").model.backbone.state_dict()
+    fresh = training.build(plan)[0].backbone.state_dict()
+    moved = {name for name, value in fresh.items() if not torch.equal(kept[name], value)}
+    assert moved == {"extractor.fc.weight", "extractor.fc.bias"}
+    for name, value in classifier.state_dict().items():
+        assert name.startswith("fc.") or torch.equal(kept[f"extractor.{name}"], value)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -100,6 +142,7 @@ def test_a_class_map_keeps_the_classifier_head(data: Path, tmp_path: Path) -> No
         (("--init", "resnet9000"), "resnet9000"),
         (("--weights", "missing.pt"), "missing.pt"),
         (("--workers", "4:1"), "--workers 4:1"),
+        (("--workers", "9", "--batch-size", "8"), "--workers 9: more than the 8 pictures of a step"),
         (("--budget", "soon"), "--budget soon"),
         (("--mean", "1,2"), "--mean 1,2"),
         (("--layers", "9"), "--layers 9"),
@@ -180,7 +223,7 @@ def free_port() -> int:
 
 @pytest.mark.timeout(1500)
 def test_as_a_submitted_job(data: Path, tmp_path: Path) -> None:
-    """`ray job submit -- python -m pipeline.train ...` against a cluster of its own, ended by its process group."""
+    """`ray job submit -- python -m pipeline.train ...`, stopped and submitted again, on a cluster of its own."""
     binaries = Path(sys.executable).parent
     token = tmp_path / "token"
     token.write_text("t" * 32)
@@ -212,27 +255,38 @@ def test_as_a_submitted_job(data: Path, tmp_path: Path) -> None:
         start_new_session=True,
     )
     try:
-        submit = [binaries / "ray", "job", "submit", "--address", f"http://127.0.0.1:{dashboard}", "--"]
+        where = ("--address", f"http://127.0.0.1:{dashboard}")
+        out = tmp_path / "run"
         command = [
             *(sys.executable, "-m", "pipeline.train", "--preset", "fix", "--data", str(data)),
-            *("--out", str(tmp_path / "run"), "--steps", "3", *SMALL),
+            *("--out", str(out), "--checkpoint-every", "1s", *SMALL),
         ]
-        deadline = time.monotonic() + 60
-        while True:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", dashboard)) == 0:
-                    break
-            assert time.monotonic() < deadline, "the dashboard did not come up"
-            time.sleep(0.5)
-        for attempt in range(5):  # the port opens before the job server behind it
-            result = subprocess.run(
-                [*submit, *command], env=environment, capture_output=True, text=True, timeout=600, check=False
+
+        def job(*words: object) -> subprocess.CompletedProcess[str]:
+            words = (binaries / "ray", "job", *words)
+            return subprocess.run(
+                [str(word) for word in words], env=environment, capture_output=True, text=True, timeout=600, check=False
             )
-            if result.returncode == 0 or "Error" not in result.stderr or attempt == 4:
+
+        deadline = time.monotonic() + 90
+        while True:  # the port opens before the job server behind it
+            begun = job("submit", *where, "--no-wait", "--submission-id", "first", "--", *command, "--steps", "100000")
+            if begun.returncode == 0:
                 break
-            time.sleep(3)
+            assert time.monotonic() < deadline, begun.stdout[-2000:] + begun.stderr[-2000:]
+            time.sleep(1)
+        deadline = time.monotonic() + 300
+        while not list(out.glob("checkpoints/checkpoint_*/log.csv")):
+            assert time.monotonic() < deadline, job("logs", *where, "first").stdout[-2000:]
+            time.sleep(0.2)
+        stopped = job("stop", *where, "first")
+        assert "was stopped" in stopped.stdout + stopped.stderr, stopped.stdout[-2000:] + stopped.stderr[-2000:]
+        saved = max(len(log.read_text().splitlines()) - 1 for log in out.glob("checkpoints/checkpoint_*/log.csv"))
+        result = job("submit", *where, "--", *command, "--steps", saved + 3)
         assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
         assert "model bundle:" in result.stdout
+        with (out / "log.csv").open() as file:
+            assert [int(row["step"]) for row in csv.DictReader(file)] == list(range(1, saved + 4))
         assert json.loads((tmp_path / "run/bundle/model.json").read_text())["preset"] == "fix"
     finally:
         os.killpg(head.pid, signal.SIGTERM)

@@ -18,8 +18,10 @@ from pipeline.cli import run
 from pipeline.data.planted import write_planted
 from pipeline.errors import WorkError
 from pipeline.evaluate import evaluate
+from pipeline.planning import plan_training
 from pipeline.ray_training import best_of
-from pipeline.train import main
+from pipeline.train import main, parser
+from pipeline.validation_schedule import ValidationSchedule
 
 ENVIRONMENT = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "CUDA_VISIBLE_DEVICES": "", "RAY_ADDRESS": "local"}
 
@@ -68,7 +70,7 @@ def test_the_best_checkpoint_becomes_the_bundle(tmp_path: Path) -> None:
     write_planted(data, seed=0, size=48, per_class_train=4, per_class_val=2)
     command = [sys.executable, "-m", "pipeline.train", "--data", str(data), "--out", str(out), "--init", "resnet18"]
     command += ["--image-size", "48", "--batch-size", "8", "--steps", "32", "--set", "pretraining=0.2"]
-    command += ["--validate-every", "1s", "--checkpoint-every", "1s", "--validation-images", "16", "--select", "LE"]
+    command += ["--validate-every", "epoch", "--checkpoint-every", "1s", "--validation-images", "16", "--select", "LE"]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -116,3 +118,35 @@ def test_wrong_use(tmp_path: Path, arguments: list[str], words: str, capsys: pyt
 def test_nothing_to_choose_from() -> None:
     with pytest.raises(WorkError, match="no checkpoint in RUN has a figure LE"):
         best_of([], "LE", "RUN")
+
+
+def test_validations_are_due_by_the_clock_or_by_passes() -> None:
+    def asked(schedule: ValidationSchedule, busy: range = range(0)) -> list[int]:
+        found = []
+        for step in range(1, 31):
+            if schedule.due(step, 2.0 * step):
+                if step in busy:
+                    schedule.later(step, 2.0 * step)
+                else:
+                    schedule.asked(step, 2.0 * step)
+                    found.append(step)
+        return found
+
+    assert asked(ValidationSchedule(seconds=None, steps=None, step=0, spent=0.0)) == []
+    assert asked(ValidationSchedule(seconds=None, steps=8, step=0, spent=0.0)) == [8, 16, 24]
+    assert asked(ValidationSchedule(seconds=None, steps=8, step=10, spent=0.0))[0] == 16, (
+        "a resumed run keeps to its passes"
+    )
+    assert asked(ValidationSchedule(seconds=None, steps=8, step=0, spent=0.0), busy=range(7, 13)) == [14, 16, 24]
+    assert asked(ValidationSchedule(seconds=20.0, steps=None, step=0, spent=0.0)) == [10, 20, 30]
+    assert asked(ValidationSchedule(seconds=20.0, steps=None, step=0, spent=0.0), busy=range(9, 12)) == [13, 23]
+
+
+def test_an_epoch_is_a_pass_over_the_data(tmp_path: Path) -> None:
+    write_planted(tmp_path, seed=0, size=48, per_class_train=4, per_class_val=1)
+    words = ["--data", str(tmp_path), "--out", "unused", "--init", "resnet18", "--batch-size", "8"]
+    plan = plan_training(parser().parse_args([*words, "--validate-every", "epoch"]))
+    assert plan.validates and (plan.validate_seconds, plan.validate_steps) == (None, 5)
+    plan = plan_training(parser().parse_args([*words, "--validate-every", "2m"]))
+    assert plan.validates and (plan.validate_seconds, plan.validate_steps) == (120.0, None)
+    assert not plan_training(parser().parse_args(words)).validates

@@ -1,0 +1,88 @@
+"""Ray Train's list of a run's checkpoints, made anew where it does not hold.
+
+Ray writes the list in place: a driver that is killed in the middle leaves half of one, with which Ray refuses to begin
+again, whole as the checkpoints are.  So it does when a checkpoint of the list is gone.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs
+import ray
+
+from pipeline.validation import LEAST, SCORE
+
+INDEX_FILE = "checkpoint_manager_snapshot.json"
+"""Ray's name for the list."""
+
+
+def mend_index(filesystem: pyarrow.fs.FileSystem, folder: str) -> str | None:
+    """Make the list of the run's checkpoints in ``folder`` hold again where it is torn or names one that is gone.
+
+    Returns what was done, for the user; none where the list holds or there is none.  The new list holds the newest
+    checkpoint that is whole; without one there is no list, and the run begins anew.
+    """
+    path = f"{folder}/{INDEX_FILE}"
+    if filesystem.get_file_info(path).type != pyarrow.fs.FileType.File:
+        return None
+    with filesystem.open_input_stream(path) as stream:
+        text = stream.read()
+    there = {
+        info.base_name
+        for info in filesystem.get_file_info(pyarrow.fs.FileSelector(folder))
+        if info.type == pyarrow.fs.FileType.Directory and info.base_name.startswith("checkpoint_")
+    }
+    try:
+        if {result["checkpoint_dir_name"] for result in json.loads(text)["checkpoint_results"]} <= there:
+            return None
+        trouble = "names a checkpoint that is gone"
+    except (ValueError, KeyError, TypeError):
+        trouble = "was torn"
+    for name in sorted(there, reverse=True):
+        step = whole_step(filesystem, f"{folder}/{name}")
+        if step is not None:
+            with filesystem.open_output_stream(path) as stream:
+                stream.write(json.dumps(_index_of(name, step)).encode())
+            return f"{path} {trouble}; going on from {name}, step {step}"
+    filesystem.delete_file(path)
+    return f"{path} {trouble}, and no checkpoint beside it is whole; beginning anew"
+
+
+def whole_step(filesystem: pyarrow.fs.FileSystem, checkpoint: str) -> int | None:
+    """The step of a checkpoint all of whose files can be read; none for one that was cut off while it was copied."""
+    import torch
+
+    from pipeline.bundle import load_bundle
+    from pipeline.errors import UsageError
+
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            pyarrow.fs.copy_files(checkpoint, scratch, source_filesystem=filesystem)
+            state = torch.load(Path(scratch) / "state.pt", map_location="cpu", weights_only=True)
+            rows = (Path(scratch) / "log.csv").read_text(encoding="utf-8").splitlines()
+            if (Path(scratch) / "bundle").is_dir():
+                load_bundle(Path(scratch) / "bundle")
+        except (OSError, RuntimeError, ValueError, EOFError, UsageError):
+            return None
+        return int(state["step"]) if len(rows) == int(state["step"]) + 1 else None
+
+
+def _index_of(name: str, step: int) -> dict[str, Any]:
+    """Ray's list with one checkpoint in it (`ray.train.v2`'s `_CheckpointManagerState`)."""
+    result = {"version": 0, "checkpoint_dir_name": name, "metrics": {"step": step, "final": 0, SCORE: LEAST}}
+    return {
+        "ray_version": ray.__version__,
+        "checkpoint_results": [result],
+        "checkpoint_report_indices": [0],
+        "latest_checkpoint_result": result,
+        "pending_training_results": [],
+        "pending_validation_specs": [],
+        "current_report_index": 1,
+        "validated_checkpoint_dir_names": [],
+        "timed_out_validation_checkpoint_dir_names": [],
+        "failed_validation_checkpoint_dir_names": [],
+    }

@@ -1,0 +1,42 @@
+"""A process that keeps what it frees has fewer pages to fault in."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+CHURN = """
+import resource, sys
+from pipeline.allocator import keep_freed_memory
+if "keep" in sys.argv:
+    keep_freed_memory()
+import torch
+import torchvision
+torch.set_num_threads(1)
+network = torchvision.models.resnet18()
+images = torch.randn(8, 3, 160, 160)
+def step():
+    network(images).sum().backward()
+step(), step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_large_blocks_are_used_again() -> None:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+
+    def faults(*words: str, **variables: str) -> int:
+        done = subprocess.run(
+            [sys.executable, "-c", CHURN, *words], env=clean | variables, capture_output=True, text=True, check=True
+        )
+        return int(done.stdout)
+
+    assert faults("keep") < 500 < 2000 < faults()
+    assert faults("keep", MALLOC_ARENA_MAX="2") > 2000, "what the user has set stays"

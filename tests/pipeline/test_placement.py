@@ -1,0 +1,34 @@
+"""Workers ask for no more CPUs than let all of them find a place."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline.placement import Machine, cpus_per_worker, room
+
+
+def cluster(*machines: tuple[int, int]) -> list[Machine]:
+    return [Machine(cpus=cpus, gpus=gpus) for cpus, gpus in machines]
+
+
+@pytest.mark.parametrize(
+    ("machines", "workers", "gpu", "cpus"),
+    [
+        (cluster((2, 0)), 1, False, 2),
+        (cluster((2, 0)), 2, False, 1),
+        (cluster((0, 0), (8, 0), (8, 0)), 1, False, 8),  # 16 CPUs are on no machine
+        (cluster((0, 0), (8, 0), (8, 0)), 3, False, 4),
+        (cluster((16, 8), (4, 0)), 8, True, 2),
+        (cluster((16, 2), (16, 2)), 4, True, 8),
+        (cluster((16, 1), (64, 0)), 1, True, 16),
+        (cluster((2, 0)), 4, False, 1),
+    ],
+)
+def test_as_many_as_fit(machines: list[Machine], workers: int, gpu: bool, cpus: int) -> None:
+    assert cpus_per_worker(machines, workers, gpu=gpu) == cpus
+
+
+def test_room() -> None:
+    assert room(cluster((8, 0), (4, 2)), 2, gpu=False) == 6
+    assert room(cluster((8, 0), (4, 2)), 2, gpu=True) == 2
+    assert room([], 1, gpu=False) == 0
