@@ -28,10 +28,13 @@ def room(found: Sequence[Machine], cpus: int, *, gpu: bool) -> int:
 
 
 def cpus_per_worker(found: Sequence[Machine], workers: int, *, gpu: bool) -> int:
-    """The most CPUs of a worker with which ``workers`` fit; 1 where no number does.
+    """The most CPUs of a worker with which ``workers`` fit, or as many of them as there is room for at all.
 
     A worker lives on one machine, so the CPUs of the cluster by the number of workers may be more than any machine has, and
     Ray would wait for such a machine for ever.
     """
     largest = max((machine.cpus for machine in found), default=1)
+    workers = max(
+        1, min(workers, room(found, 1, gpu=gpu))
+    )  # an elastic run may begin before all its machines are there
     return next((cpus for cpus in range(largest, 0, -1) if room(found, cpus, gpu=gpu) >= workers), 1)

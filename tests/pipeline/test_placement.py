@@ -22,6 +22,8 @@ def cluster(*machines: tuple[int, int]) -> list[Machine]:
         (cluster((16, 2), (16, 2)), 4, True, 8),
         (cluster((16, 1), (64, 0)), 1, True, 16),
         (cluster((2, 0)), 4, False, 1),
+        (cluster((8, 1)), 4, True, 8),  # of an elastic run, before its other machines are there
+        (cluster((8, 0)), 1, True, 1),  # no GPU: refused elsewhere
     ],
 )
 def test_as_many_as_fit(machines: list[Machine], workers: int, gpu: bool, cpus: int) -> None:
