@@ -23,32 +23,35 @@ INDEX_FILE = "checkpoint_manager_snapshot.json"
 def mend_index(filesystem: pyarrow.fs.FileSystem, folder: str) -> str | None:
     """Make the list of the run's checkpoints in ``folder`` hold again where it is torn or names one that is gone.
 
-    Returns what was done, for the user; none where the list holds or there is none.  The new list holds the newest
-    checkpoint that is whole; without one there is no list, and the run begins anew.
+    Returns what was done, for the user; none where the list holds, or there is neither list nor checkpoint.  The new list
+    holds the newest checkpoint that is whole; without one there is no list, and the run begins anew.
     """
     path = f"{folder}/{INDEX_FILE}"
-    if filesystem.get_file_info(path).type != pyarrow.fs.FileType.File:
-        return None
-    with filesystem.open_input_stream(path) as stream:
-        text = stream.read()
     there = {
         info.base_name
-        for info in filesystem.get_file_info(pyarrow.fs.FileSelector(folder))
+        for info in filesystem.get_file_info(pyarrow.fs.FileSelector(folder, allow_not_found=True))
         if info.type == pyarrow.fs.FileType.Directory and info.base_name.startswith("checkpoint_")
     }
+    text, exists = b"", filesystem.get_file_info(path).type == pyarrow.fs.FileType.File
+    if exists:
+        with filesystem.open_input_stream(path) as stream:
+            text = stream.read()
+    elif not there:
+        return None
     try:
         if {result["checkpoint_dir_name"] for result in json.loads(text)["checkpoint_results"]} <= there:
             return None
         trouble = "names a checkpoint that is gone"
     except (ValueError, KeyError, TypeError):
-        trouble = "was torn"
+        trouble = "was torn" if exists else "was not there"
     for name in sorted(there, reverse=True):
         step = whole_step(filesystem, f"{folder}/{name}")
         if step is not None:
             with filesystem.open_output_stream(path) as stream:
                 stream.write(json.dumps(_index_of(name, step)).encode())
             return f"{path} {trouble}; going on from {name}, step {step}"
-    filesystem.delete_file(path)
+    if exists:
+        filesystem.delete_file(path)
     return f"{path} {trouble}, and no checkpoint beside it is whole; beginning anew"
 
 

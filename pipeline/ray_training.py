@@ -262,10 +262,22 @@ def run_to_end(trainer: TorchTrainer) -> ray.train.Result:
     try:
         return outcome.result()
     except KeyboardInterrupt:
-        last_resort = threading.Timer(LEAVE_SECONDS, os._exit, (INTERRUPTED,))
+        last_resort = threading.Timer(LEAVE_SECONDS, leave)
         last_resort.daemon = True
         last_resort.start()
         raise
+
+
+def leave() -> None:
+    """End the process at once, and with it the cluster that it started: its workers would train on without anybody."""
+    from ray._private import worker as ray_worker
+
+    node = ray_worker._global_node
+    try:
+        if node is not None and node.is_head():
+            node.kill_all_processes(check_alive=False, allow_graceful=False)
+    finally:
+        os._exit(INTERRUPTED)
 
 
 def last_step(result: ray.train.Result) -> int:

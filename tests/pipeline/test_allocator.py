@@ -32,11 +32,10 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def test_large_blocks_are_used_again() -> None:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
 
-    def faults(*words: str, **variables: str) -> int:
-        done = subprocess.run(
-            [sys.executable, "-c", CHURN, *words], env=clean | variables, capture_output=True, text=True, check=True
-        )
+    def faults(*words: str) -> int:
+        command = [sys.executable, "-c", CHURN, *words]
+        done = subprocess.run(command, env=clean, capture_output=True, text=True, check=True)
         return int(done.stdout)
 
-    assert faults("keep") < 500 < 2000 < faults()
-    assert faults("keep", MALLOC_ARENA_MAX="2") > 2000, "what the user has set stays"
+    plain = faults()
+    assert 3 * faults("keep") < plain and plain > 2000

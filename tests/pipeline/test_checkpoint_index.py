@@ -1,0 +1,80 @@
+"""Ray's list of checkpoints is made anew from the checkpoints that are whole, and left alone where it holds."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow.fs
+import pytest
+import torch
+
+from pipeline.checkpoint_index import INDEX_FILE, mend_index
+
+FILES = pyarrow.fs.LocalFileSystem()
+
+
+def a_checkpoint(folder: Path, name: str, step: int) -> Path:
+    path = folder / name
+    path.mkdir(parents=True)
+    torch.save({"step": step, "weights": torch.zeros(1000)}, path / "state.pt")
+    (path / "log.csv").write_text("step\n" + "".join(f"{k + 1}\n" for k in range(step)))
+    return path
+
+
+def an_index(folder: Path, *names: str) -> Path:
+    index = folder / INDEX_FILE
+    index.write_text(json.dumps({"checkpoint_results": [{"checkpoint_dir_name": name} for name in names]}))
+    return index
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    for k in (1, 2, 3):
+        a_checkpoint(tmp_path, f"checkpoint_{k}", 10 * k)
+    an_index(tmp_path, "checkpoint_2", "checkpoint_3")
+    return tmp_path
+
+
+def chosen(folder: Path) -> list[str]:
+    written = json.loads((folder / INDEX_FILE).read_text())
+    assert written["latest_checkpoint_result"] == written["checkpoint_results"][-1]
+    return [result["checkpoint_dir_name"] for result in written["checkpoint_results"]]
+
+
+def test_what_holds_is_left_alone(run: Path, tmp_path: Path) -> None:
+    before = (run / INDEX_FILE).read_bytes()
+    assert mend_index(FILES, str(run)) is None
+    assert (run / INDEX_FILE).read_bytes() == before
+    assert mend_index(FILES, str(tmp_path / "new")) is None
+    (tmp_path / "empty").mkdir()
+    assert mend_index(FILES, str(tmp_path / "empty")) is None
+
+
+def test_a_torn_list_begins_with_the_newest_whole_checkpoint(run: Path) -> None:
+    for content in (b"", b'{"checkpoint_res', b"[]"):
+        (run / INDEX_FILE).write_bytes(content)
+        said = mend_index(FILES, str(run))
+        assert said is not None and "was torn; going on from checkpoint_3, step 30" in said
+        assert chosen(run) == ["checkpoint_3"]
+    (run / INDEX_FILE).unlink()
+    assert "was not there; going on from checkpoint_3" in str(mend_index(FILES, str(run)))
+
+
+def test_a_checkpoint_that_was_cut_off_is_not_chosen(run: Path) -> None:
+    state = run / "checkpoint_3" / "state.pt"
+    state.write_bytes(state.read_bytes()[:-500])
+    (run / "checkpoint_2" / "log.csv").write_text("step\n1\n2\n")
+    (run / INDEX_FILE).write_text("{")
+    assert "going on from checkpoint_1, step 10" in str(mend_index(FILES, str(run)))
+    (run / "checkpoint_1" / "bundle").mkdir()
+    (run / INDEX_FILE).write_text("{")
+    assert "no checkpoint beside it is whole; beginning anew" in str(mend_index(FILES, str(run)))
+    assert not (run / INDEX_FILE).exists()
+
+
+def test_a_checkpoint_that_is_gone_is_not_missed(run: Path) -> None:
+    shutil.rmtree(run / "checkpoint_3")
+    assert "names a checkpoint that is gone; going on from checkpoint_2, step 20" in str(mend_index(FILES, str(run)))
+    assert chosen(run) == ["checkpoint_2"]
