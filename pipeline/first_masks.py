@@ -7,31 +7,33 @@ hardly pass a gradient.  60 epochs get over it; a run of a few hundred steps may
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
 from pipeline import collective
-from pipeline.masker import Masker
+from pipeline.model import SaliencyModel
 
 
 @torch.no_grad()
 def even_out(
-    masker: Masker,
-    maps: Mapping[int, Tensor],
-    *,
-    target_area: Tensor | None = None,
-    labels: Tensor | None = None,
+    model: SaliencyModel, images: Tensor, *, areas: Tensor | None = None, labels: Tensor | None = None
 ) -> None:
-    """Scale the last convolution so that the logits of ``maps``, over all workers, have mean 0 and deviation 1.
+    """Let a masker that has not learnt yet begin with masks of half the picture.
 
-    Layer-sequential unit variance (Mishkin & Matas, ICLR 2016), for the one layer where it matters: what comes before is
-    normalised already.  Arguments as of `Masker.forward`; running statistics stay as they are.
+    Scales its last convolution so that the logits of ``images`` (n, 3, h, w), over all workers, have mean 0 and deviation 1:
+    layer-sequential unit variance (Mishkin & Matas, ICLR 2016), for the one layer where it matters; what comes before is
+    normalised already.  ``areas`` (n,) and ``labels`` (n,) are for maskers that take them.  Running statistics stay as they
+    are; the classifier is left in eval mode.
     """
+    masker = model.masker
+    maps = model.backbone.eval()(images).features
     kept = [buffer.clone() for buffer in masker.buffers()]
     masker.train()
-    logits = masker(maps, target_area=target_area, labels=labels).double()
+    logits = masker(
+        maps,
+        target_area=areas if masker.target_area else None,
+        labels=labels if masker.class_module is not None else None,
+    ).double()
     for buffer, before in zip(masker.buffers(), kept, strict=True):
         buffer.copy_(before)
     sums = torch.stack([torch.full_like(logits[0, 0, 0, 0], logits.numel()), logits.sum(), logits.square().sum()])

@@ -152,7 +152,8 @@ class JointStep:
         drawn = self.population.draw(step) if self.population is not None and phase == "joint" else None
         self._set_rates(phase, course)
         if phase == "joint" and self.preset.first_masks == "even" and not self.masker_optimiser.state:
-            self._even_out(batch)
+            with self.autocast:
+                even_out(self.model, batch.images, areas=batch.areas, labels=batch.labels)
         if self.preset.compat == "published" and self.joint and phase == "joint":
             clean = self.clean(batch, divisor=divisor, phase=phase)
             gradients = self.gradients(Losses(None, clean.loss, {}))[1]
@@ -295,20 +296,6 @@ class JointStep:
                 torch.zeros_like(p) if g is None else g for p, g in zip(self.classifier_parameters, found, strict=True)
             ]
         return masker, classifier
-
-    @torch.no_grad()
-    def _even_out(self, batch: Batch) -> None:
-        """Let the masker, which has not learnt yet, begin with masks of half the picture."""
-        backbone, masker = self.model.backbone, self.model.masker
-        backbone.eval()
-        with self.autocast:
-            maps = backbone(batch.images).features
-            even_out(
-                masker,
-                maps,
-                target_area=batch.areas if masker.target_area else None,
-                labels=batch.labels if masker.class_module is not None else None,
-            )
 
     # -- parts ------------------------------------------------------------------------------------------------------
 

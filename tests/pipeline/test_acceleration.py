@@ -10,12 +10,12 @@ import torch
 from pipeline.acceleration import _FoldingConv, accelerate
 from pipeline.backbone import Backbone, choose_taps, create_classifier, pyramid, tap_classifier
 from pipeline.batchnorm import synchronise
-from pipeline.fills import Zero
 from pipeline.model import SaliencyModel, build_masker
 from pipeline.population import Population, PopulationConfig
 from pipeline.presets import PRESETS
 from pipeline.spec import MaskerSpec
-from pipeline.step import Batch, JointStep
+from pipeline.step import Batch
+from tests.pipeline.test_step import a_step
 
 NETWORKS = [
     ("torchvision", "resnet18", {}),
@@ -130,17 +130,8 @@ def test_the_fast_step_has_the_gradients_of_the_plain_one(preset: str, drawn: in
     found = []
     for plain in (True, False):
         population = Population(config=PopulationConfig(own_clean=True), seed=0)
-        step = JointStep(
-            model=copy.deepcopy(model),
-            preset=method,
-            fill=Zero(),
-            blank=torch.zeros(1, 3, SIZE, SIZE, dtype=torch.float64),
-            population=population,
-            batchnorm="eval",
-            trains_classifier=joint,
-            scratch=False,
-            plain=plain,
-        )
+        blank = torch.zeros(1, 3, SIZE, SIZE, dtype=torch.float64)
+        step = a_step(copy.deepcopy(model), method, population, blank=blank, plain=plain)
         population.observe(0, model.backbone)
         batch = Batch(images(), torch.tensor([0, 3, 1]))
         losses = step.losses(batch, divisor=3, phase="joint", drawn=drawn)

@@ -7,8 +7,6 @@ import platform
 import subprocess
 import sys
 
-import pytest
-
 CHURN = """
 import resource, sys
 from pipeline.allocator import keep_freed_memory
@@ -28,7 +26,6 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
 def test_large_blocks_are_used_again() -> None:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
 
@@ -38,4 +35,8 @@ def test_large_blocks_are_used_again() -> None:
         return int(done.stdout)
 
     plain = faults()
-    assert 3 * faults("keep") < plain and plain > 2000
+    kept = faults("keep")
+    if platform.libc_ver()[0] == "glibc":
+        assert 3 * kept < plain and plain > 2000
+    else:
+        assert kept < 2 * plain, "left alone where the allocator is another one"

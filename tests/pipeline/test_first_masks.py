@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from pipeline.first_masks import even_out
-from pipeline.masker import Masker
 from pipeline.model import SaliencyModel, build_masker
 from pipeline.presets import PRESETS
 from pipeline.spec import MaskerSpec
@@ -41,7 +40,7 @@ def test_logits_have_mean_0_and_deviation_1(spec: MaskerSpec) -> None:
     before = state(model.masker)
     shape = copy.deepcopy(model.masker).train()(maps, **inputs)
     assert abs(float(shape.mean())) > 0.5 or abs(float(shape.std()) - 1) > 0.5, "there is something to mend"
-    even_out(model.masker, maps, **inputs)
+    even_out(model, batch.images, areas=inputs["target_area"], labels=batch.labels)
     changed = {name for name, value in model.masker.state_dict().items() if not torch.equal(value, before[name])}
     last = next(name for name, module in model.masker.named_modules() if module is model.masker.last)
     assert changed == {f"{last}.weight", f"{last}.bias"}
@@ -52,10 +51,10 @@ def test_logits_have_mean_0_and_deviation_1(spec: MaskerSpec) -> None:
 
 
 def test_a_flat_masker_stays_finite() -> None:
-    masker = Masker(taps={0: 4}, mask_size=(8, 8))
-    torch.nn.init.zeros_(masker.last.weight)
-    even_out(masker, {0: torch.randn(2, 4, 8, 8)})
-    assert not masker.last.weight.any()
+    model = a_model()
+    torch.nn.init.zeros_(model.masker.last.weight)
+    even_out(model, a_batch().images)
+    assert not model.masker.last.weight.any()
 
 
 def test_a_step_does_it_once_and_not_for_published_presets() -> None:

@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from pipeline.blank import blank_answer, unit_of
-from pipeline.fills import FILLS, Zero
+from pipeline.fills import FILLS
 from pipeline.presets import PRESETS
-from pipeline.step import JointStep
-from tests.pipeline.test_step import SIZE, a_batch, a_model
+from tests.pipeline.test_step import SIZE, a_batch, a_model, a_step
 
 
 def test_what_the_presets_are() -> None:
@@ -26,22 +25,8 @@ def test_what_the_presets_are() -> None:
     assert PRESETS["ca"].classifier == "joint" and PRESETS["ca"].population is not None
 
 
-def a_step(size: int = SIZE, **changes) -> JointStep:
-    model = a_model()
-    return JointStep(
-        model=model,
-        preset=replace(PRESETS["fix"], **changes),
-        fill=Zero(),
-        blank=torch.zeros(1, 3, size, size, dtype=torch.float64),
-        population=None,
-        batchnorm="eval",
-        trains_classifier=False,
-        scratch=False,
-    )
-
-
 def test_the_unit_is_what_a_blank_picture_says() -> None:
-    step = a_step()
+    step = a_step(a_model(), PRESETS["fix"])
     judge = step.model.backbone.eval()
     q = judge(torch.zeros(1, 3, SIZE, SIZE, dtype=torch.float64)).logits.softmax(1)
     entropy = (-(q * q.log()).sum()).item()
@@ -58,7 +43,7 @@ def test_the_unit_is_what_a_blank_picture_says() -> None:
 
 def test_relative_units_do_not_depend_on_the_scale_of_the_answers() -> None:
     """With uniform answers everywhere the masked-out objective is -1 in units, however many classes there are."""
-    step = a_step(mask_in=None)
+    step = a_step(a_model(), replace(PRESETS["fix"], mask_in=None))
     head = step.model.backbone.head
     assert head is not None
     with torch.no_grad():
