@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 
 HEADER = """\
 # Everything that onepass-saliency depends on, at the versions that it was tested with.  Written by k8s/pin.py.
-# TensorRT (target gpu of the image) is bounded in pyproject.toml and recorded in each engine's manifest.
+# What the target gpu of the image adds, TensorRT above all, is in k8s/constraints-gpu.txt.
 """
 
 

@@ -1,8 +1,10 @@
-"""The Dockerfile, read as its builder would, and held against the rules for images."""
+"""The Dockerfile, linted, read as its builder would, and held against the rules for images."""
 
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,6 +59,12 @@ def stages(text: str) -> dict[str, Stage]:
     return found
 
 
+def _built(found: dict[str, Stage], copies: list[str]) -> list[tuple[str, str]]:
+    """The steps of the stages that ``copies`` take files from."""
+    names = [match[1] for value in copies if (match := re.search(r"--from=(\S+)", value))]
+    return [step for name in names if name in found for step in found[name].steps]
+
+
 def lint(text: str) -> set[str]:
     """The rules that a Dockerfile breaks."""
     broken: set[str] = set()
@@ -88,6 +96,11 @@ def lint(text: str) -> set[str]:
             broken.add("no-recommends")
         if any(re.search(r"TOKEN|PASSWORD|SECRET", value) for word, value in steps if word in ("ENV", "ARG")):
             broken.add("no-secrets")
+        if any("NVIDIA_VISIBLE_DEVICES" in value for word, value in steps if word == "ENV"):
+            broken.add("gpus-on-request")
+        installs = [v for w, v in _built(found, copies) if w == "RUN" and "pip install" in v]
+        if any(not re.search(r"constraints|cpu\.txt|--no-deps", value) for value in installs):
+            broken.add("packages-pinned")
     for stage in found.values():
         if stage.base not in found and stage.base != "${PYTHON_IMAGE}":
             broken.add("one-base")
@@ -118,6 +131,8 @@ def test_dockerfile_keeps_the_rules() -> None:
         ("no-registry-host", "=python:3.11", "=registry.example.org/python:3.11"),
         ("base-pinned", "=python:3.11-slim-bookworm", "=python:latest"),
         ("no-secrets", "RAY_USAGE_STATS_ENABLED=0", "RAY_AUTH_TOKEN=x"),
+        ("gpus-on-request", "ENV NVIDIA_DRIVER", "ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER"),
+        ("packages-pinned", "-c constraints.txt -c constraints-gpu.txt '.[tensorrt]'", "'.[tensorrt]'"),
         ("nothing-piped-to-a-shell", "RUN python -m venv /opt/onepass", "RUN curl -s https://x | sh"),
         ("one-base", "FROM ${PYTHON_IMAGE} AS runtime", "FROM debian AS runtime"),
     ],
@@ -125,6 +140,33 @@ def test_dockerfile_keeps_the_rules() -> None:
 def test_mutated_dockerfile_is_caught(rule: str, old: str, new: str) -> None:
     assert old in TEXT
     assert lint(TEXT.replace(old, new)) == {rule}
+
+
+def hadolint(text: str) -> str:
+    """What hadolint finds in a Dockerfile; the development tools bring it along."""
+    program = Path(sys.executable).with_name("hadolint")
+    done = subprocess.run([program, "--no-color", "-"], input=text, capture_output=True, text=True, timeout=30)
+    assert done.stdout or done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_dockerfile_is_clean_for_hadolint() -> None:
+    assert hadolint(TEXT) == ""
+
+
+@pytest.mark.parametrize(
+    ("code", "old", "new"),
+    [
+        ("DL3002", "USER 1000:1000", "USER root"),
+        ("DL3006", "FROM ${PYTHON_IMAGE} AS runtime", "FROM python AS runtime"),
+        ("DL3009", "    && rm -rf /var/lib/apt/lists/* \\\n", ""),
+        ("DL3013", "-r constraints.txt", "tensorrt"),
+        ("DL4006", "> torch.txt", "| cat > torch.txt"),
+    ],
+)
+def test_hadolint_catches_a_mutated_dockerfile(code: str, old: str, new: str) -> None:
+    assert old in TEXT
+    assert code in hadolint(TEXT.replace(old, new))
 
 
 def test_image_is_built_of_what_is_there() -> None:
@@ -148,15 +190,23 @@ def test_versions_agree(objects: list[Object]) -> None:
     assert image in ({f"onepass-saliency:{project['version']}-{target}"} for target in TARGETS)
 
 
-@pytest.mark.parametrize(("file", "extras"), [("k8s/constraints.txt", ()), ("tests/constraints.txt", ("dev",))])
-def test_constraints_hold_every_dependency(file: str, extras: tuple[str, ...]) -> None:
-    pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", (K8S.parent / file).read_text(), re.MULTILINE))
+@pytest.mark.parametrize(
+    ("files", "extras"),
+    [
+        (["k8s/constraints.txt"], ()),
+        (["k8s/constraints.txt", "k8s/constraints-gpu.txt"], ("tensorrt",)),
+        (["tests/constraints.txt"], ("dev",)),
+    ],
+)
+def test_constraints_hold_every_dependency(files: list[str], extras: tuple[str, ...]) -> None:
+    text = "".join((K8S.parent / file).read_text() for file in files)
+    pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", text, re.MULTILINE))
     project = tomllib.loads((K8S.parent / "pyproject.toml").read_text())["project"]
     wanted = [*project["dependencies"], *(text for extra in extras for text in project["optional-dependencies"][extra])]
     for text in wanted:
         requirement = Requirement(text)
         if requirement.marker is None or requirement.marker.evaluate({"sys_platform": "linux"}):
-            assert requirement.name in pins, f"{requirement.name} is not in {file}"
+            assert requirement.name in pins, f"{requirement.name} is not in {files}"
             assert requirement.specifier.contains(pins[requirement.name]), text
 
 
