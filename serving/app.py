@@ -19,6 +19,7 @@ from ray import serve
 from pipeline.errors import UsageError
 from serving.config import LiveConfig, ServiceConfig, check_exposure, parse_config
 from serving.http import build_api
+from serving.http_body import Admission
 from serving.http_jobs import add_jobs
 from serving.jobs import JobManager
 from serving.metrics import Metrics, text
@@ -49,7 +50,7 @@ class SaliencyService:
         replica = serve.get_replica_context().replica_id.unique_id
         self.metrics = Metrics(replica=replica)
         self.replica = replica
-        self.under_way = 0
+        self.admission = Admission(self.metrics)
         self.models = Models(self.config, self.metrics)
         self._telling = asyncio.get_running_loop().create_task(self._tell())
 
@@ -58,18 +59,26 @@ class SaliencyService:
         add_jobs(api, self)
         return api
 
-    def reconfigure(self, user_config: dict[str, Any]) -> None:
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Take over live settings; those that are not named keep the values of the arguments."""
-        live = LiveConfig.model_validate(
+        wanted = LiveConfig.model_validate(
             {name: getattr(self._arguments, name) for name in LiveConfig.model_fields} | user_config
         )
+        # Serve's own limits were set for the argument max_queue and stay as they are.  A replica that raised here would be
+        # ended, and its successors with it, so a wish that cannot be met leaves the service running.
+        live = wanted.within(self._arguments.max_queue)
+        if live != wanted:
+            log.warning(
+                "user_config: batch_size=%d and max_queue=%d are cut to %d and %d; deploy with a larger max_queue in args",
+                wanted.batch_size, wanted.max_queue, live.batch_size, live.max_queue,
+            )  # fmt: skip
         self.config = self.config.model_copy(update=live.model_dump())
-        self.models.configure(self.config)
+        await self.models.configure(self.config)
 
     def check_health(self) -> None:
         """Serve replaces a replica that raises here."""
-        if self.models.stuck:
-            raise RuntimeError("the engine has been busy with one batch for too long")
+        if (trouble := self.models.trouble) is not None:
+            raise RuntimeError(trouble)
 
     async def all_metrics(self) -> bytes:
         """Metrics of all replicas; of this one alone while the others' are not to be had."""
@@ -104,7 +113,7 @@ def build(args: dict[str, Any]) -> serve.Application:
     fewest, most = config.replica_range()
     # A replica takes more requests than it will hold images, so that it is the one who answers 429, in our own words;
     # behind that stand Serve's own limits, which answer the same without a body of ours.
-    ongoing = 2 * max(config.max_queue, config.batch_size) + 32
+    ongoing = 2 * config.max_queue + 32
     options: dict[str, Any] = {
         "max_ongoing_requests": ongoing,
         "max_queued_requests": ongoing,

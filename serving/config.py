@@ -8,9 +8,10 @@ import ipaddress
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.errors import UsageError
 from serving.roots import configured_roots
@@ -29,6 +30,11 @@ class LiveConfig(BaseModel):
     """How long the first image of a batch waits for others."""
     max_queue: int = Field(default=64, ge=1)
     """Images that a replica works on or holds at a time; beyond it requests are told to come back (429)."""
+
+    def within(self, most: int) -> Self:
+        """These settings with no more than ``most`` images in the queue, and no larger batches than the queue can hold."""
+        queue = min(self.max_queue, most)
+        return self.model_copy(update={"max_queue": queue, "batch_size": min(self.batch_size, queue)})
 
 
 class ServiceConfig(LiveConfig):
@@ -64,6 +70,15 @@ class ServiceConfig(LiveConfig):
     token_digests: list[str] = []
     """SHA-256 of the tokens that are accepted; made by `build`, so that the tokens themselves stay where they are."""
 
+    @model_validator(mode="after")
+    def _batches_can_form(self) -> Self:
+        if self.batch_size > self.max_queue:
+            raise ValueError(
+                f"batch_size={self.batch_size} is more than the max_queue={self.max_queue} images that a replica holds, so "
+                f"such a batch would never form; give max_queue={4 * self.batch_size}, or smaller batches"
+            )
+        return self
+
     def named_engines(self) -> dict[str, str]:
         """Paths of the further engines by name."""
         engines: dict[str, str] = {}
@@ -96,6 +111,8 @@ def parse_config(arguments: dict[str, Any]) -> ServiceConfig:
         config = ServiceConfig.model_validate(arguments)
     except ValidationError as error:
         first = error.errors()[0]
+        if not first["loc"]:
+            raise UsageError(first["msg"].removeprefix("Value error, ")) from error
         where = ".".join(str(part) for part in first["loc"])
         known = ", ".join(name for name in ServiceConfig.model_fields if name not in ("token_digests", "roots"))
         raise UsageError(f"argument {where}: {first['msg']}; the arguments are {known}") from error
@@ -156,6 +173,24 @@ def is_loopback(host: str | None) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def foreign(host: str | None, origin: str | None) -> str | None:
+    """What is wrong, in a line, with a request's ``Host`` and ``Origin`` headers; None for those of this machine's own.
+
+    For a service without tokens: any web page may have its visitor's browser send requests to 127.0.0.1, under a name of the
+    page's own that has been pointed there, and no token stops it.  Browsers cannot be made to hide where a page comes from.
+    """
+    try:
+        name = urlsplit(f"//{host or ''}").hostname
+    except ValueError:
+        name = None
+    next_step = f"set {TOKEN_VARIABLE} or token_file= to be reached from elsewhere"
+    if not is_loopback(name):
+        return f"without tokens this service answers to names of this machine only, such as 127.0.0.1; {next_step}"
+    if origin is not None and origin.lower().partition("://")[2] != (host or "").lower():
+        return f"without tokens this service answers its own page only, and no other site's; {next_step}"
+    return None
 
 
 def check_exposure(host: str | None, digests: list[str]) -> None:

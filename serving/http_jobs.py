@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import asyncio
+from collections.abc import Awaitable
+from typing import Any, Protocol, TypeVar
 
 from fastapi import FastAPI, Header, Request, Response
 from fastapi.responses import JSONResponse
@@ -10,18 +12,25 @@ from pydantic import BaseModel, ValidationError
 from ray.exceptions import RayTaskError
 
 from pipeline.errors import UsageError, WorkError
-from serving.http import ErrorAnswer, ServiceError, read_body
-from serving.jobs import JobConflict, JobRequest
+from serving.config import ServiceConfig
+from serving.http_body import read_body
+from serving.http_errors import ServiceError, described_errors
+from serving.jobs import JobConflict, JobRequest, TooManyJobs
 from serving.roots import OutsideRoots
 
 MOST_BYTES = 65536
 """Of the body of a job request."""
 
 
-class JobService(Protocol):
-    """What a replica gives to these routes: a handle of `serving.jobs.JobManager`."""
+_T = TypeVar("_T")
 
+
+class JobService(Protocol):
+    """What a replica gives to these routes."""
+
+    config: ServiceConfig
     jobs: Any
+    """A handle of `serving.jobs.JobManager`."""
 
 
 class Job(BaseModel):
@@ -49,37 +58,50 @@ class JobDetails(Job):
 
 def add_jobs(api: FastAPI, service: JobService) -> None:
     """``/v1/jobs``."""
-    errors: dict[int | str, dict[str, Any]] = {
-        status: {"model": ErrorAnswer} for status in (400, 401, 403, 404, 409, 413, 422, 500)
-    }
+    errors = described_errors(503)
+    submit_errors = errors | described_errors(400, 409, 413, 415, 422, 429)
+    named_errors = errors | described_errors(404)
     body = {"required": True, "content": {"application/json": {"schema": JobRequest.model_json_schema()}}}
 
-    @api.post("/v1/jobs", status_code=202, response_model=Job, responses=errors, openapi_extra={"requestBody": body})
+    @api.post(
+        "/v1/jobs", status_code=202, response_model=Job, responses=submit_errors, openapi_extra={"requestBody": body}
+    )
     async def submit(request: Request, idempotency_key: str | None = Header(default=None, max_length=256)) -> Response:
         """Score an image set in the background; the same request again finds the same job."""
+        # A page of another site can have a browser send text or a form, but not this type, without asking first.
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise ServiceError(415, "unsupported_media_type", "a job is described in JSON; send application/json")
+        data = await in_time(read_body(request, MOST_BYTES))
         try:
-            asked = JobRequest.model_validate_json(await read_body(request, MOST_BYTES))
+            asked = JobRequest.model_validate_json(data)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "body"
             raise ServiceError(422, "bad_request", f"{where}: {first['msg']}") from error
-        job = await _called(service.jobs.submit.remote(asked.model_dump(), idempotency_key))
+        job = await in_time(_called(service.jobs.submit.remote(asked.model_dump(), idempotency_key)))
         return JSONResponse(job, status_code=202, headers={"Location": f"v1/jobs/{job['id']}"})
 
     @api.get("/v1/jobs", response_model=list[Job], responses=errors)
     async def listing() -> Response:
         """All jobs, the newest first."""
-        return JSONResponse(await _called(service.jobs.listing.remote()))
+        return JSONResponse(await in_time(_called(service.jobs.listing.remote())))
 
-    @api.get("/v1/jobs/{name}", response_model=JobDetails, responses=errors)
+    @api.get("/v1/jobs/{name}", response_model=JobDetails, responses=named_errors)
     async def get(name: str) -> Response:
         """How far a job is, and some of the images that could not be scored."""
-        return JSONResponse(_found(name, await _called(service.jobs.get.remote(name))))
+        return JSONResponse(_found(name, await in_time(_called(service.jobs.get.remote(name)))))
 
-    @api.delete("/v1/jobs/{name}", response_model=Job, responses=errors)
+    @api.delete("/v1/jobs/{name}", response_model=Job, responses=named_errors)
     async def cancel(name: str) -> Response:
         """End a job; the rows that are there stay, and the same request later goes on from them."""
-        return JSONResponse(_found(name, await _called(service.jobs.cancel.remote(name))))
+        return JSONResponse(_found(name, await in_time(_called(service.jobs.cancel.remote(name)))))
+
+    async def in_time(work: Awaitable[_T]) -> _T:
+        try:
+            async with asyncio.timeout(service.config.timeout_s):
+                return await work
+        except TimeoutError as error:
+            raise ServiceError(503, "timeout", "this took too long; try again", retry_after=5) from error
 
 
 def _found(name: str, job: dict[str, Any] | None) -> dict[str, Any]:
@@ -100,6 +122,8 @@ async def _called(call: Any) -> Any:
             raise ServiceError(422, "bad_request", str(cause)) from error
         if isinstance(cause, JobConflict):
             raise ServiceError(409, "conflict", str(cause)) from error
+        if isinstance(cause, TooManyJobs):
+            raise ServiceError(429, "busy", str(cause), retry_after=30) from error
         if isinstance(cause, WorkError):
             raise ServiceError(503, "store", str(cause), retry_after=5) from error
         raise

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +33,19 @@ class Model:
 
         # Decorated here and not as a method: Serve keeps one queue for each decorated function, and models do not mix.
         self._together: Any = serve.batch(max_batch_size=1, batch_wait_timeout_s=0.0)(together)
-        self.configure(config)
+        self._set(config)
+        self.predictor.warm_up(1)
         self.predictor.warm_up(config.batch_size)
+        self._warm = config.batch_size
 
-    def configure(self, live: LiveConfig) -> None:
+    async def configure(self, live: LiveConfig) -> None:
+        """Take over live settings; a batch of the new size is run before a request waits for one."""
+        if live.batch_size != self._warm:
+            await asyncio.to_thread(self.predictor.warm_up, live.batch_size)
+            self._warm = live.batch_size
+        self._set(live)
+
+    def _set(self, live: LiveConfig) -> None:
         self._together.set_max_batch_size(live.batch_size)
         self._together.set_batch_wait_timeout_s(live.batch_wait_ms / 1000)
 
@@ -43,46 +54,105 @@ class Model:
         return await self._together(picture)
 
 
+class Entry:
+    """A named model from the first request for it to the last after its eviction."""
+
+    def __init__(self) -> None:
+        self.model: Model | None = None
+        """None while it is being loaded."""
+        self.loading: asyncio.Task[Model] | None = None
+        self.unused = asyncio.Event()
+        self._users = 0
+
+    @asynccontextmanager
+    async def used(self) -> AsyncIterator[None]:
+        """Whoever waits for the model or works with it keeps it open."""
+        self._users += 1
+        self.unused.clear()
+        try:
+            yield
+        finally:
+            self._users -= 1
+            if not self._users:
+                self.unused.set()
+
+
 class Models:
     """The models of a replica by name; named ones beyond ``max_models`` make room, the longest unused first."""
 
     def __init__(self, config: ServiceConfig, metrics: Metrics) -> None:
         self._config, self._metrics = config, metrics
         self._engines = {DEFAULT: config.engine} | config.named_engines()
-        self._loaded: OrderedDict[str, Model] = OrderedDict()
-        self._lock = asyncio.Lock()
+        self._entries: OrderedDict[str, Entry] = OrderedDict()
+        self._one_load = asyncio.Lock()
         self.default = Model(config.engine, config=config, metrics=metrics)
         self._publish(self.default)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._engines
 
     @property
     def names(self) -> list[str]:
         return [name for name in self._engines if name != DEFAULT]
 
     @property
-    def stuck(self) -> bool:
-        return any(model.predictor.stuck for model in (self.default, *self._loaded.values()))
+    def trouble(self) -> str | None:
+        """Why this replica cannot be relied on, in a line; None when it can."""
+        loaded = (entry.model for entry in self._entries.values() if entry.model is not None)
+        found = (model.predictor.trouble for model in (self.default, *loaded))
+        return next((trouble for trouble in found if trouble is not None), None)
 
-    async def get(self, name: str) -> Model | None:
-        """The model of a name, loaded if it was not; None when there is no such name."""
+    @asynccontextmanager
+    async def use(self, name: str) -> AsyncIterator[Model]:
+        """The model of a name, loaded if it was not, and kept open while the caller works with it.
+
+        Raises:
+            KeyError: there is no such name.
+        """
         if name == DEFAULT:
-            return self.default
-        if name not in self._engines:
-            return None
-        async with self._lock:
-            if name not in self._loaded:
-                model = await asyncio.to_thread(Model, self._engines[name], config=self._config, metrics=self._metrics)
-                while len(self._loaded) >= self._config.max_models:
-                    self._loaded.popitem(last=False)[1].predictor.close()
-                self._loaded[name] = model
-                self._publish(model)
-            self._loaded.move_to_end(name)
-            return self._loaded[name]
+            yield self.default
+            return
+        entry = self._entries.get(name)
+        if entry is None:
+            entry = self._entries[name] = Entry()
+            entry.loading = asyncio.create_task(self._load(name, entry, self._engines[name]))
+        self._entries.move_to_end(name)
+        assert entry.loading is not None
+        async with entry.used():
+            # Shielded: others wait for the same load when this request runs out of time.
+            yield await asyncio.shield(entry.loading)
 
-    def configure(self, config: ServiceConfig) -> None:
+    async def configure(self, config: ServiceConfig) -> None:
         """Take over live settings."""
         self._config = config
-        for model in (self.default, *self._loaded.values()):
-            model.configure(config)
+        await self.default.configure(config)
+        for entry in list(self._entries.values()):
+            async with entry.used():
+                if entry.model is not None:
+                    await entry.model.configure(config)
+
+    async def _load(self, name: str, entry: Entry, engine: str) -> Model:
+        """Load one model at a time; requests for those that are loaded do not wait for it."""
+        try:
+            async with self._one_load:
+                held = [other for other, found in self._entries.items() if found.model is not None]
+                for other in held[: max(0, len(held) + 1 - self._config.max_models)]:
+                    await self._evict(other)
+                model = await asyncio.to_thread(Model, engine, config=self._config, metrics=self._metrics)
+                await model.configure(self._config)  # which may have changed meanwhile
+                self._publish(model)
+                entry.model = model
+                return model
+        except BaseException:
+            self._entries.pop(name, None)  # the next request tries again
+            raise
+
+    async def _evict(self, name: str) -> None:
+        """Close a model when the requests that hold it have ended; the time limit of requests bounds the wait."""
+        entry = self._entries.pop(name)
+        await entry.unused.wait()
+        assert entry.model is not None
+        entry.model.predictor.close()
 
     def _publish(self, model: Model) -> None:
         info = model.predictor.info

@@ -25,7 +25,9 @@ from serving.rows import Seen, scored_row, top_classes
 OVERLAY_PIXELS = 4_000_000
 """An overlay is drawn on a copy of the picture that is no larger."""
 STUCK_SECONDS = 60.0
-"""An engine that is busy with one batch for longer is not healthy."""
+"""A thread that is busy with one image or one batch for longer is not healthy."""
+FAILURES = 3
+"""An engine that has failed so many batches in a row is not healthy."""
 
 
 _TRACING = threading.Lock()
@@ -52,18 +54,24 @@ class Predictor:
         self._max_pixels = max_pixels
         self._decoding = ThreadPoolExecutor(threads, thread_name_prefix="decode", initializer=single_threaded)
         self._inferring = ThreadPoolExecutor(1, thread_name_prefix="infer")
-        self._busy_since: float | None = None
+        self._under_way: dict[object, tuple[str, float]] = {}  # what threads do, and since when
+        self._failed_in_a_row = 0
 
     def warm_up(self, batch_size: int) -> None:
-        """Run the smallest and the largest batch once, so that the first request finds everything in place."""
+        """Run a batch of so many once, so that the first request with one finds everything in place."""
         side = self.info.input_size
-        for count in {1, batch_size}:
-            self._inferring.submit(self._run, np.zeros((count, side, side, 3), dtype=np.uint8)).result()
+        self._inferring.submit(self._run, np.zeros((batch_size, side, side, 3), dtype=np.uint8)).result()
 
     @property
-    def stuck(self) -> bool:
-        since = self._busy_since
-        return since is not None and time.monotonic() - since > STUCK_SECONDS
+    def trouble(self) -> str | None:
+        """Why this engine cannot be relied on, in a line; None when it can."""
+        now = time.monotonic()
+        for stage, since in list(self._under_way.values()):
+            if now - since > STUCK_SECONDS:
+                return f"one {stage} has taken longer than {STUCK_SECONDS:.0f} s"
+        if self._failed_in_a_row >= FAILURES:
+            return f"the last {self._failed_in_a_row} batches failed"
+        return None
 
     async def decode(self, data: bytes, *, keep: bool) -> Picture:
         """Decode and fit off the event loop; ``keep`` a copy to draw on.  Raises `ImageError`."""
@@ -93,11 +101,13 @@ class Predictor:
 
     async def _timed(self, stage: str, pool: ThreadPoolExecutor, call: Callable[..., Any], *arguments: Any) -> Any:
         def timed() -> Any:
-            begun = time.perf_counter()
+            this, begun = object(), time.monotonic()
+            self._under_way[this] = stage, begun
             try:
                 return call(*arguments)
             finally:
-                self.metrics.stage_seconds.labels(stage).observe(time.perf_counter() - begun)
+                del self._under_way[this]
+                self.metrics.stage_seconds.labels(stage).observe(time.monotonic() - begun)
 
         return await asyncio.get_running_loop().run_in_executor(pool, timed)
 
@@ -108,12 +118,14 @@ class Predictor:
         return Picture(Seen(pixels=pixels, view=view, width=width, height=height), _reduced(image) if keep else None)
 
     def _run(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        self._busy_since = time.monotonic()
         try:
             with _TRACING if self.info.kind == "torch" else nullcontext():
-                return self.engine.infer(pixels)
-        finally:
-            self._busy_since = None
+                found = self.engine.infer(pixels)
+        except BaseException:
+            self._failed_in_a_row += 1
+            raise
+        self._failed_in_a_row = 0
+        return found
 
     def _finish(self, seen: Seen, logits: np.ndarray, mask: np.ndarray, uri: str, top_k: int) -> dict[str, Any]:
         self.metrics.watch_mask(mask)

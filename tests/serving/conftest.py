@@ -157,7 +157,7 @@ def service(
     (folder / "tokens").write_text(f"{TOKEN}\nanother\n")
     process, address, log = start(
         folder, engine=str(bundle), token_file=str(folder / "tokens"), max_images=4, max_queue=8, max_body_bytes=2_000_000,
-        live={"batch_size": 4}, models=f"second={other_bundle}",
+        batch_size=2, live={"batch_size": 4}, models=f"second={other_bundle}",
     )  # fmt: skip
     client = httpx.Client(base_url=address, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60)
     deadline = time.time() + 150

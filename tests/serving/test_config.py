@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.errors import UsageError
 from serving import batch
-from serving.config import ServiceConfig, authorised, check_exposure, digest, is_loopback, parse_config
+from serving.config import LiveConfig, ServiceConfig, authorised, check_exposure, digest, is_loopback, parse_config
 from serving.roots import OutsideRoots, bounded, configured_roots, within
 
 
@@ -56,6 +56,8 @@ def test_arguments_are_text_from_the_command_line(
         ({"engine": "/no/where"}, "/no/where: no such file or bundle"),
         ({"engine": "/", "batchsize": "4"}, "argument batchsize: .*the arguments are batch_size, "),
         ({"engine": "/", "batch_size": "0"}, "argument batch_size"),
+        ({"engine": "/", "batch_size": "256"}, "batch_size=256 is more than the max_queue=64 .* give max_queue=1024"),
+        ({"engine": "/", "max_queue": "8"}, "batch_size=16 is more than the max_queue=8 "),
         ({"engine": "/", "replicas": "3:1"}, "replicas=3:1: give a number"),
         ({"engine": "/", "models": "a/b=/"}, "give NAME=FILE_OR_BUNDLE"),
         ({"engine": "/", "models": "a=/no/where"}, "no such file or bundle"),
@@ -67,6 +69,17 @@ def test_wrong_arguments(arguments: dict, said: str) -> None:
     with pytest.raises(UsageError, match=said) as caught:
         parse_config(arguments)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "most", "given"),
+    [((16, 64), 64, (16, 64)), ((16, 128), 64, (16, 64)), ((100, 64), 64, (64, 64)), ((32, 16), 64, (16, 16))],
+)
+def test_live_settings_stay_within_what_serve_was_told(
+    wanted: tuple[int, int], most: int, given: tuple[int, int]
+) -> None:
+    live = LiveConfig(batch_size=wanted[0], max_queue=wanted[1]).within(most)
+    assert (live.batch_size, live.max_queue) == given
 
 
 def test_tokens() -> None:

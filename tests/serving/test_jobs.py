@@ -118,7 +118,9 @@ def test_a_job_that_ended_early_goes_on_under_its_key(root: Path, end: str) -> N
         if end == "cancelled":
             return await manager.cancel(job["id"])
         ledger = Ledger(str(root / "out"))
-        ledger.write_job(replace(ledger.job(job["id"]), state="failed", message="why", starts=3, done=1))
+        record = ledger.job(job["id"])
+        assert record is not None
+        ledger.write_job(replace(record, state="failed", message="why", starts=3, done=1))
         return await manager.get(job["id"])
 
     ended = run(root, to_the_end)
