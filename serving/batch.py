@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING
 from pipeline.cli import Parser, run
 
 if TYPE_CHECKING:
-    from serving.job import Prepared, Progress
+    from serving.job import Prepared
+    from serving.progress import Progress
 
 NAME = "serving.batch"
 PATIENCE_SECONDS = 120
@@ -57,6 +58,7 @@ def parser() -> Parser:
         metavar="N",
         help="larger images are error rows (default: 1e8)",
     )
+    add("--draft", action="store_true", help="decode large JPEGs at 1/2, 1/4 or 1/8 of their size: faster, not exact")
     add("--column", metavar="NAME", help="column of images or URIs, in Parquet (default: found by type and name)")
     add("--retry-errors", action="store_true", help="score images again that ended in an error row")
     add(
@@ -65,6 +67,11 @@ def parser() -> Parser:
         default=0,
         metavar="N",
         help="draw the N most and N least confident, in OUTPUT/_overlays",
+    )
+    add(
+        "--stored-plan",
+        action="store_true",
+        help="go on with the plan that OUTPUT was begun with, without listing the input again",
     )
     what = result.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="print what is left and what it will cost; write nothing")

@@ -12,10 +12,13 @@ import struct
 import subprocess
 import sys
 import threading
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from pipeline.data.decode import ImageError
 from serving.rows import Seen
+
+if TYPE_CHECKING:
+    from serving.decoder import DecoderConfig
 
 SECONDS = 120.0
 """Time for one picture; the largest that are allowed take some seconds."""
@@ -24,8 +27,8 @@ SECONDS = 120.0
 class CarefulDecoder:
     """Decodes one picture at a time in a process of its own, which is started again when it dies."""
 
-    def __init__(self, *, size: int, geometry: str, max_pixels: int) -> None:
-        self._arguments = [str(size), geometry, str(max_pixels)]
+    def __init__(self, config: DecoderConfig) -> None:
+        self._arguments = [str(config.size), config.geometry, str(config.max_pixels), str(int(config.draft))]
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
 
@@ -97,8 +100,9 @@ def _serve() -> None:
     from serving.decoder import Decoder, DecoderConfig, single_threaded
 
     single_threaded()
-    size, geometry, max_pixels = sys.argv[1:]
-    decoder = Decoder(DecoderConfig(size=int(size), geometry=geometry, max_pixels=int(max_pixels)))  # type: ignore[arg-type]
+    size, geometry, max_pixels, draft = sys.argv[1:]
+    config = DecoderConfig(size=int(size), geometry=geometry, max_pixels=int(max_pixels), draft=draft == "1")  # type: ignore[arg-type]
+    decoder = Decoder(config)
     while True:
         try:
             data = _receive(sys.stdin.buffer)

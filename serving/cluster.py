@@ -7,7 +7,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.errors import UsageError, WorkError
@@ -90,11 +90,11 @@ def plan_workers(
 ) -> Workers:
     """How many workers of which size: see `fit_workers`; with ``autoscale`` what is asked for, whether it is there or not."""
     if autoscale:
-        if workers is None or cpus is None:
+        if workers is None or cpus is None or gpus is None:
             raise UsageError(
-                "--autoscale asks for nodes that are not there, so it needs --workers and --cpus-per-worker"
+                "--autoscale asks for nodes that are not there, so it needs --workers, --cpus-per-worker and --num-gpus"
             )
-        return Workers(count=min(workers, shards), cpus=cpus, gpus=gpus or 0.0)
+        return Workers(count=min(workers, shards), cpus=cpus, gpus=gpus)
     return fit_workers(
         nodes(free=False), nodes(free=True), workers=workers, cpus=cpus, gpus=gpus, shards=shards, reserved=reserved
     )
@@ -127,27 +127,30 @@ def fit_workers(
     """How many workers of which size: never more than there are shards, nor more than the cluster can ever hold.
 
     What is not asked for is chosen by what is free now, since others (a service, say) may hold the rest for ever.
-    ``reserved``: CPUs that are kept free for decoding.  Ray would wait without a word for workers that do not fit.
+    ``reserved``: CPUs that only decode, which Ray places first (`serving.flow`): beside workers only where every node
+    could hold one.  It would wait without a word for workers that do not fit any more.
 
     Raises:
         UsageError: they do not fit.
     """
     each_gpus = (1.0 if any(node.gpus for node in all_of) else 0.0) if gpus is None else gpus
-    usable = [node for node in free_of if node.gpus >= each_gpus]
-    usable = usable if any(node.cpus for node in usable) else all_of
+    decoding = _place_decoders(all_of, reserved, beside_gpus=not each_gpus)
+    all_left, free_left = _without(all_of, decoding), _without(free_of, decoding)
+    usable = [node for node in free_left if node.gpus >= each_gpus]
+    usable = usable if any(node.cpus for node in usable) else all_left
     if cpus is not None:
         each_cpus = cpus
     else:
-        share = (sum(node.cpus for node in usable) - reserved) // (workers or 1)
+        share = sum(node.cpus for node in usable) // (workers or 1)
         each_cpus = max(1, min(MOST_CPUS_PER_WORKER, max((node.cpus for node in usable), default=0), share))
 
     def room(found: list[Node]) -> int:
         by_cpu = [node.cpus // each_cpus for node in found]
         if each_gpus:
             by_cpu = [min(count, int(node.gpus / each_gpus)) for count, node in zip(by_cpu, found, strict=True)]
-        return min(sum(by_cpu), (sum(node.cpus for node in found) - reserved) // each_cpus)
+        return sum(by_cpu)
 
-    most = room(all_of)
+    most = room(all_left)
     all_cpus, all_gpus = sum(node.cpus for node in all_of), sum(node.gpus for node in all_of)
     wanted = f"{each_cpus} CPUs" + (f" and {each_gpus:g} GPUs" if each_gpus else "")
     have = f"the cluster has {all_cpus} CPUs" + (f" and {all_gpus:g} GPUs" if each_gpus else "")
@@ -157,4 +160,19 @@ def fit_workers(
         raise UsageError(f"no worker of {wanted} fits: {have}; lower --cpus-per-worker, --num-gpus or --decode-cpus")
     if workers is not None and workers > most:
         raise UsageError(f"{workers} workers of {wanted} do not fit: {have}, room for {most}; lower --workers")
-    return Workers(count=max(1, min(workers or room(free_of) or most, shards)), cpus=each_cpus, gpus=each_gpus)
+    return Workers(count=max(1, min(workers or room(free_left) or most, shards)), cpus=each_cpus, gpus=each_gpus)
+
+
+def _place_decoders(nodes: list[Node], count: int, *, beside_gpus: bool) -> list[int]:
+    """The numbers of the nodes that decode, one for each CPU, evenly; nodes with GPUs come last unless ``beside_gpus``."""
+    left = [node.cpus for node in nodes]
+    chosen: list[int] = []
+    for _ in range(min(count, sum(left))):
+        best = max(range(len(nodes)), key=lambda k: (left[k] > 0, beside_gpus or not nodes[k].gpus, left[k]))
+        left[best] -= 1
+        chosen.append(best)
+    return chosen
+
+
+def _without(nodes: list[Node], decoding: list[int]) -> list[Node]:
+    return [replace(node, cpus=max(0, node.cpus - decoding.count(k))) for k, node in enumerate(nodes)]

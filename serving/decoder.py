@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.data import store
-from pipeline.data.decode import ImageError, decode_image
-from pipeline.data.geometry import fit
+from pipeline.data.decode import ImageError, decode_draft, decode_image
+from pipeline.data.geometry import View, fit
 from serving.careful import CarefulDecoder
 from serving.plan import Shard
 from serving.rows import Seen
@@ -51,6 +51,8 @@ class DecoderConfig:
     ahead: int = 32
     """Decoded images that may wait to be taken."""
     max_pixels: int = 100_000_000
+    draft: bool = False
+    """Let libjpeg scale large JPEGs down while it decodes them."""
     column: str | None = None
     roots: tuple[str, ...] = ()
     """Images outside these places are not read; empty: no limit."""
@@ -83,7 +85,7 @@ class Decoder:
     ) -> Iterator[Decoded]:
         """Decode numbered sources in order, some ahead of whoever takes them."""
         config = self.config
-        elsewhere = CarefulDecoder(size=config.size, geometry=config.geometry, max_pixels=config.max_pixels)
+        elsewhere = CarefulDecoder(config)
         see = elsewhere.see if careful else self.see
         threads = max(READERS_REMOTE, self.config.threads) if remote else self.config.threads
         self._store_failures = 0
@@ -108,9 +110,17 @@ class Decoder:
 
     def see(self, data: bytes) -> Seen:
         """Encoded image to what the engine is given.  Raises `ImageError`."""
-        image = decode_image(data, max_pixels=self.config.max_pixels)
-        pixels, view = fit(image, self.config.size, self.config.geometry)
-        return Seen(pixels=pixels, view=view, width=image.shape[1], height=image.shape[0])
+        config = self.config
+        if config.draft:
+            image, (width, height) = decode_draft(data, config.size, max_pixels=config.max_pixels)
+        else:
+            image = decode_image(data, max_pixels=config.max_pixels)
+            height, width = image.shape[:2]
+        pixels, view = fit(image, config.size, config.geometry)
+        if image.shape[:2] != (height, width):
+            across, down = width / image.shape[1], height / image.shape[0]
+            view = View(view.x0 * across, view.y0 * down, view.x1 * across, view.y1 * down)
+        return Seen(pixels=pixels, view=view, width=width, height=height)
 
 
 def single_threaded() -> None:

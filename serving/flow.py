@@ -17,7 +17,8 @@ from pipeline.errors import UsageError, WorkError
 from serving.cluster import Workers
 
 if TYPE_CHECKING:
-    from serving.job import Prepared, Progress
+    from serving.job import Prepared
+    from serving.progress import Progress
 
 
 class ShardWorker:
@@ -50,8 +51,9 @@ class ShardWorker:
         shard = read_shard(self.plan, row["file"], row["group"])
         decoded = batch.column("decoded")[0].as_buffer() if "decoded" in batch.column_names else None
         report = self.scorer.score(shard, retry_errors=self.retry_errors, decoded=decoded)
-        if report.rows > report.errors:
-            self.images.inc(report.rows - report.errors, tags={"status": "ok"})
+        right = (report.retried or report.rows) - report.errors
+        if right:
+            self.images.inc(right, tags={"status": "ok"})
         if report.errors:
             self.images.inc(report.errors, tags={"status": "error"})
         return report_fields(report)
@@ -60,19 +62,24 @@ class ShardWorker:
 class ShardDecoder:
     """Decodes whole shards on machines that do not infer; the pixels travel as one message for each shard."""
 
-    def __init__(self, *, config: dict[str, Any], plan: str) -> None:
+    def __init__(self, *, config: dict[str, Any], plan: str, output: str, job: str) -> None:
         from serving.decoder import Decoder, DecoderConfig
+        from serving.ledger import Ledger
 
         self.decoder = Decoder(DecoderConfig(**config))
         self.plan = plan
+        self.ledger, self.job = Ledger(output), job
 
     def __call__(self, batch: Any) -> dict[str, list[Any]]:
+        from serving.attempts import attempt
         from serving.decoder import pack
         from serving.plan import read_shard
 
         (row,) = batch.select(["file", "group"]).to_pylist()
         shard = read_shard(self.plan, row["file"], row["group"])
-        return {"file": [row["file"]], "group": [row["group"]], "decoded": [pack(self.decoder.shard(shard))]}
+        with attempt(self.ledger, self.job, f"{shard.key}-decoding") as careful:
+            decoded = pack(self.decoder.shard(shard, careful=careful))
+        return {"file": [row["file"]], "group": [row["group"]], "decoded": [decoded]}
 
 
 def score_shards(prepared: Prepared, workers: Workers, progress: Progress) -> Iterator[dict[str, Any]]:
@@ -87,6 +94,7 @@ def score_shards(prepared: Prepared, workers: Workers, progress: Progress) -> It
     from ray.data import ActorPoolStrategy, DataContext
 
     from serving.engines import engine_input
+    from serving.progress import Gauges
 
     context = DataContext.get_current()
     context.enable_progress_bars = False
@@ -101,11 +109,18 @@ def score_shards(prepared: Prepared, workers: Workers, progress: Progress) -> It
         decoder = asdict(replace(config.decoder(size=size, geometry=geometry), threads=1))
         shards = shards.map_batches(
             ShardDecoder,
-            fn_constructor_kwargs={"config": decoder, "plan": prepared.plan.folder},
+            fn_constructor_kwargs={
+                "config": decoder,
+                "plan": prepared.plan.folder,
+                "output": config.output,
+                "job": config.job,
+            },
             batch_size=1,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(size=min(request.decode_cpus, len(rows)), max_tasks_in_flight_per_actor=2),
             num_cpus=1,
+            # Ray's own strategy keeps what needs no GPU away from nodes that have one; that of Ray Data spreads.
+            scheduling_strategy="DEFAULT",
         )
     worker = {"config": asdict(config), "plan": prepared.plan.folder, "retry_errors": request.retry_errors}
     reports = shards.map_batches(
@@ -117,11 +132,13 @@ def score_shards(prepared: Prepared, workers: Workers, progress: Progress) -> It
         num_cpus=workers.cpus,
         num_gpus=workers.gpus,
     )
+    gauges = Gauges(config.output)
     try:
         for report in reports.iter_rows():
             if report["refusal"]:
                 raise UsageError(report["refusal"])
             yield report
+            gauges.show(progress)  # it has counted the report by now
     except ray.exceptions.RayError as error:
         raise WorkError(cause(error)) from error
 

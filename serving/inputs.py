@@ -10,6 +10,7 @@ import csv
 import io
 import os
 import re
+import stat
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -38,7 +39,7 @@ class Inputs:
     place: str
     shape: Literal["folder", "glob", "file", "list"]
     exclude: str | None = None
-    """A folder that is left out: the output, when it lies within the input."""
+    """A folder that is left out: the output, when it lies within the input (all that is ours, when it is the input)."""
     others: Counter[str] = field(default_factory=Counter)
     """Files that are neither images nor, without images, containers, by suffix."""
 
@@ -80,7 +81,10 @@ class Inputs:
         return store.walk(root, enter=lambda folder: folder != skipped and self._enter(folder))
 
     def _enter(self, folder: str) -> bool:
-        return folder != self.exclude
+        if self.exclude is None:
+            return True
+        # Where images and scores share a folder, what we write beside the scores begins with an underscore.
+        return folder != self.exclude and not folder.startswith(store.join(self.exclude, "_"))
 
 
 def open_inputs(text: str, *, exclude: str | None = None) -> Inputs:
@@ -100,9 +104,17 @@ def open_inputs(text: str, *, exclude: str | None = None) -> Inputs:
                 f"--input {text}: no such object, and nothing below it; give a folder, a file, a list or a glob"
             )
         return Inputs(place, "folder", exclude)
-    if Path(place).is_dir():
+    try:
+        found = Path(place).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        found = None
+    except (OSError, ValueError) as error:  # a name that is too long, a folder that is closed to us, a NUL
+        raise UsageError(
+            f"--input {text[:200]}: {getattr(error, 'strerror', None) or error}; look at the path"
+        ) from error
+    if found is not None and stat.S_ISDIR(found.st_mode):
         return Inputs(place, "folder", exclude)
-    if Path(place).exists():
+    if found is not None:
         return Inputs(place, _file_shape(place))
     if _is_glob(place):
         return Inputs(place, "glob", exclude)
@@ -157,7 +169,10 @@ def _fixed_part(pattern: str) -> str:
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:
-    return re.compile(glob_translate(pattern))
+    try:
+        return re.compile(glob_translate(pattern))
+    except (ValueError, re.error) as error:
+        raise UsageError(f"--input {pattern}: no glob ({error}); '**' stands for whole folders") from error
 
 
 def _list_entries(place: str) -> Iterator[Entry]:
@@ -168,10 +183,7 @@ def _list_entries(place: str) -> Iterator[Entry]:
     """
     folder = place.rsplit("/", 1)[0]
     for name in _list_names(place):
-        if store.is_remote(name):
-            yield Entry(name, -1, "")
-            continue
-        found = store.place_of(name) if name.startswith("/") or name.startswith("file://") else store.join(folder, name)
+        found = store.place_of(name) if store.is_remote(name) or name.startswith("/") else store.join(folder, name)
         if store.is_remote(found):
             yield Entry(found, -1, "")
             continue

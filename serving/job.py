@@ -9,11 +9,10 @@ import itertools
 import json
 import os
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,16 +24,23 @@ from serving.cluster import Workers, connect, plan_workers
 from serving.engines import engine_sha256
 from serving.inputs import Inputs, Kind, open_inputs
 from serving.ledger import JobRecord, Ledger, Version, new_job_id
-from serving.plan import LARGEST_SHARD, SHARDS_PER_SET, Plan, PlannedShard, choose_shard_size, cut, write_plan
+from serving.plan import (
+    LARGEST_SHARD,
+    SHARDS_PER_SET,
+    Plan,
+    PlannedShard,
+    choose_shard_size,
+    cut,
+    read_plan,
+    write_plan,
+)
+from serving.progress import SHOWN_ERRORS, Heartbeat, Progress
 from serving.scorer import ScorerConfig, read_counts, read_errors
 
-HEARTBEAT_SECONDS = 5.0
-SHOWN_ERRORS = 100
-"""Error rows that a job's record holds."""
 CONTAINER_SHARD = 512
 """Rows in a shard of Parquet, whose number of rows is not known when the size is chosen."""
-DECODED_SHARD = 256
-"""Images in a shard whose pixels travel through Ray's object store: 38 MB at 224 pixels."""
+DECODED_SHARD, MOST_DECODED = 256, 512
+"""Images in a shard whose pixels travel through Ray's object store (38 MB at 224 pixels), and the most that are allowed."""
 TALLY_THREADS = 16
 
 
@@ -53,9 +59,13 @@ class BatchRequest:
     autoscale: bool = False
     shard_size: int | None = None
     max_pixels: int = 100_000_000
+    draft: bool = False
+    """Decode large JPEGs at a half, a quarter or an eighth of their size."""
     column: str | None = None
     provider: str = "auto"
     retry_errors: bool = False
+    stored_plan: bool = False
+    """Go on with the plan that the output was begun with; the input is not listed again."""
     roots: tuple[str, ...] = ()
     """Images outside these places are not read, whatever a list or a link says; empty: no limit."""
 
@@ -91,6 +101,7 @@ class Prepared:
             threads=threads,
             provider=request.provider,
             max_pixels=request.max_pixels,
+            draft=request.draft,
             column=request.column,
             roots=request.roots,
         )
@@ -99,39 +110,6 @@ class Prepared:
     def pending_rows(self) -> int | None:
         """None while nobody has counted them."""
         return None if any(s.rows < 0 for s in self.pending) else sum(s.rows for s in self.pending)
-
-
-@dataclass
-class Progress:
-    """Counts of a job that is running; `Progress.record` is what the ledger shows."""
-
-    total: int | None
-    done: int
-    errors: int
-    started: float = field(default_factory=time.time)
-    error_rows: list[dict[str, str]] = field(default_factory=list)
-    scored: int = 0
-    """Rows that this run has scored."""
-    first: float | None = None
-    """When the first worker could begin."""
-
-    @property
-    def rate(self) -> float | None:
-        spent = time.time() - (self.first or self.started)
-        return self.scored / spent if self.scored and spent > 0 else None
-
-    def record(self, job: JobRecord) -> JobRecord:
-        rate = self.rate
-        left = (self.total - self.done) / rate if rate and self.total is not None else None
-        return replace(
-            job,
-            total=self.total,
-            done=self.done,
-            errors=self.errors,
-            images_per_second=rate,
-            seconds_left=left,
-            error_rows=self.error_rows[:SHOWN_ERRORS],
-        )
 
 
 def prepare(request: BatchRequest, *, dry: bool = False) -> Prepared:
@@ -143,27 +121,16 @@ def prepare(request: BatchRequest, *, dry: bool = False) -> Prepared:
     output = store.place_of(request.output)
     if not store.is_remote(output) and Path(output).exists() and not Path(output).is_dir():
         raise UsageError(f"--output {request.output} is a file; give a folder")
-    inputs = open_inputs(request.input, exclude=output)
     ledger = Ledger(output)
     known = ledger.current()
-    settings = {"max_pixels": request.max_pixels, "column": request.column}
-    digest = engine_sha256(request.engine)
-    size, entries = _sized(
-        inputs, request.shard_size or (known and known[0].settings["shard_size"]), request.decode_cpus
-    )
-    version = Version(engine=digest, input=inputs.place, settings=settings | {"shard_size": size})
-    ledger.check(version)
-    shards = cut(entries, version=version.id, shard_size=size)
-    with TemporaryDirectory() as passing:
-        plan = write_plan(
-            shards,
-            passing if dry else ledger.plans,
-            temporary=passing if dry else ledger.temporary,
-            others=inputs.others,
+    plan, version = (_stored if request.stored_plan else _planned)(request, ledger, known, dry)
+    if request.decode_cpus and any(shard.rows < 0 for shard in plan.shards):
+        raise UsageError("--decode-cpus: a tar file is decoded where it is scored; leave the flag out")
+    if request.decode_cpus and version.settings["shard_size"] > MOST_DECODED:
+        raise UsageError(
+            f"--decode-cpus: the pixels of a shard travel as one message, and this output has shards of "
+            f"{version.settings['shard_size']} images; give --shard-size {DECODED_SHARD}, or leave the flag out"
         )
-    if not plan.shards:
-        left_out = f" ({_described(plan.others)} left out)" if plan.others else ""
-        raise UsageError(f"--input {request.input}: no images, Parquet or tar files{left_out}; look at the path")
     finished = _finished(ledger, version, plan)
     counts = tally(ledger, version, finished)
     retry = {key for key, (_, errors) in counts.items() if errors} if request.retry_errors else set()
@@ -179,6 +146,58 @@ def prepare(request: BatchRequest, *, dry: bool = False) -> Prepared:
         done_with_errors=[key for key, (_, errors) in kept.items() if errors],
         changed=known is not None and known[0].id != version.id,
     )
+
+
+def _planned(
+    request: BatchRequest, ledger: Ledger, known: tuple[Version, str] | None, dry: bool
+) -> tuple[Plan, Version]:
+    """List the input and cut it."""
+    inputs = open_inputs(request.input, exclude=ledger.output)
+    size, entries = _sized(
+        inputs, request.shard_size or (known and known[0].settings["shard_size"]), request.decode_cpus
+    )
+    version = _version(request, inputs.place, size)
+    ledger.check(version)
+    shards = cut(entries, version=version.id, shard_size=size, column=request.column)
+    with TemporaryDirectory() as passing:
+        plan = write_plan(
+            shards,
+            passing if dry else ledger.plans,
+            temporary=passing if dry else ledger.temporary,
+            others=inputs.others,
+        )
+    if not plan.shards:
+        left_out = f" ({_described(plan.others)} left out)" if plan.others else ""
+        raise UsageError(f"--input {request.input}: no images, Parquet or tar files{left_out}; look at the path")
+    return plan, version
+
+
+def _stored(
+    request: BatchRequest, ledger: Ledger, known: tuple[Version, str] | None, _dry: bool
+) -> tuple[Plan, Version]:
+    """The plan that the output was begun with."""
+    plan = known and read_plan(ledger.plans, known[1])
+    if known is None or plan is None:
+        raise UsageError(f"--stored-plan: {request.output} has no plan yet; leave the flag out")
+    size = known[0].settings["shard_size"]
+    version = _version(request, store.place_of(request.input), size)
+    if version.id != known[0].id or request.shard_size not in (None, size):
+        raise UsageError(
+            f"--stored-plan: {request.output} was begun with another engine, input or setting; leave the flag out"
+        )
+    return plan, version
+
+
+def _version(request: BatchRequest, place: str, shard_size: int) -> Version:
+    """All that the rows depend on but the images."""
+    settings = {
+        "max_pixels": request.max_pixels,
+        "column": request.column,
+        "provider": request.provider,
+        "draft": request.draft,
+        "shard_size": shard_size,
+    }
+    return Version(engine=engine_sha256(request.engine), input=place, settings=settings)
 
 
 def _sized(inputs: Inputs, shard_size: int | None, decode_cpus: int) -> tuple[int, Iterator[tuple[Kind, Entry]]]:
@@ -228,8 +247,6 @@ def run_job(
         WorkError: the job cannot go on; what is finished stays, and the same call goes on from there.
     """
     ledger = prepared.ledger
-    ledger.begin(prepared.version, prepared.plan)
-    ledger.clean()
     progress = Progress(
         total=prepared.plan.rows,
         done=prepared.done_rows,
@@ -250,6 +267,10 @@ def run_job(
     beat = Heartbeat(ledger, job, progress)
     try:
         with beat:
+            # Only now that others can see this job: planning may have taken long, and one of them may have begun meanwhile.
+            ledger.check(prepared.version, but=job.id)
+            ledger.begin(prepared.version, prepared.plan)
+            ledger.clean()
             watch(progress)
             for report in (score or _score_on_ray)(prepared, progress) if prepared.pending else ():
                 scored = report["retried"] or report["rows"]
@@ -283,41 +304,6 @@ def _earlier_errors(prepared: Prepared) -> Iterator[dict[str, str]]:
 def _still_current(ledger: Ledger, prepared: Prepared) -> bool:
     known = ledger.current()
     return known is not None and known[0].id == prepared.version.id and known[1] == prepared.plan.id
-
-
-class Heartbeat:
-    """Writes a job's record every few seconds, so that others can tell a running job from a dead one."""
-
-    def __init__(self, ledger: Ledger, job: JobRecord, progress: Progress) -> None:
-        self._ledger, self._job, self._progress = ledger, job, progress
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._beat, daemon=True)
-
-    def __enter__(self) -> Heartbeat:
-        self._ledger.write_job(self._progress.record(self._job))
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def end(self, state: str, message: str | None = None) -> JobRecord:
-        """Write the last record."""
-        self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join()
-        record = replace(self._progress.record(self._job), state=state, message=message)
-        if state == "done":
-            record = replace(record, total=record.done, seconds_left=0.0)
-        return self._ledger.write_job(record)
-
-    def _beat(self) -> None:
-        while not self._stop.wait(HEARTBEAT_SECONDS):
-            try:
-                self._ledger.write_job(self._progress.record(self._job))
-            except WorkError:  # progress that cannot be written now can be written later
-                continue
 
 
 def _score_on_ray(prepared: Prepared, progress: Progress) -> Iterator[dict[str, Any]]:

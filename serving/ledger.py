@@ -118,8 +118,8 @@ class Ledger:
         fields = self._read(f"versions/{name}.json")
         return None if fields is None else Version(**fields)
 
-    def check(self, version: Version) -> None:
-        """Refuse what would mix.
+    def check(self, version: Version, *, but: str | None = None) -> None:
+        """Refuse what would mix; ``but`` is the job that asks.
 
         Raises:
             UsageError: the output holds foreign Parquet files or the scores of another input, or another version of it is
@@ -133,17 +133,14 @@ class Ledger:
                 f"--output {self.output}: {store.name_of(foreign[0])} is not from here; give an empty or new folder"
             )
         known = self.current()
-        if known is None:
-            return
-        if known[0].input != version.input:
+        if known is not None and known[0].input != version.input:
             raise UsageError(f"--output {self.output} holds the scores of {known[0].input}; give another --output")
-        if known[0].id != version.id:
-            for job in self.jobs():
-                if job.alive and job.version == known[0].id:
-                    raise UsageError(
-                        f"--output {self.output}: job {job.id} (process {job.pid} on {job.host}) is writing version "
-                        f"{job.version} with another engine or setting; stop it first, or give another --output"
-                    )
+        for job in self.jobs():
+            if job.id != but and job.alive and job.version not in ("", version.id):
+                raise UsageError(
+                    f"--output {self.output}: job {job.id} (process {job.pid} on {job.host}) is writing version "
+                    f"{job.version} with another engine or setting; stop it first, or give another --output"
+                )
 
     def begin(self, version: Version, plan: Plan) -> None:
         """Make version and plan the current ones and put the shards where they belong."""
@@ -173,7 +170,9 @@ class Ledger:
         for entry in store.list_folder(store.join(self.output, "_versions", known[0].id)):
             name = store.name_of(entry.place)
             if name in wanted:
-                store.delete(entry.place) if name in present else store.move(entry.place, store.join(self.output, name))
+                # Asked anew: another job may have put the shard aside since the listing.
+                there = name in present and store.exists(present[name])
+                store.delete(entry.place) if there else store.move(entry.place, store.join(self.output, name))
                 moved += 1
         return moved
 

@@ -24,7 +24,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.data import store
+from pipeline.data.images import image_columns, no_column, reading
 from pipeline.data.store import Entry
+from pipeline.errors import UsageError
 from serving.inputs import Kind
 
 SMALLEST_SHARD = 32
@@ -107,10 +109,17 @@ def choose_shard_size(images: int) -> int:
     return size
 
 
-def cut(entries: Iterable[tuple[Kind, Entry]], *, version: str, shard_size: int) -> Iterator[Shard]:
+def cut(
+    entries: Iterable[tuple[Kind, Entry]], *, version: str, shard_size: int, column: str | None = None
+) -> Iterator[Shard]:
     """Cut a listing into shards of about ``shard_size`` inputs, at most twice as many; memory is that of one shard.
 
     Parquet is cut by rows, at the ends of row groups where it can be, and its footers are read; a tar file is one shard.
+    ``column``: the one that will be read of Parquet, when it shall not be guessed.
+
+    Raises:
+        UsageError: the first Parquet file has no column to read.
+        StoreError: a Parquet file's footer could not be fetched.
     """
     times: dict[str, int] = {}
 
@@ -133,7 +142,7 @@ def cut(entries: Iterable[tuple[Kind, Entry]], *, version: str, shard_size: int)
                 for e in found
             )
         else:
-            shards = _parquet_shards(found, version, shard_size)
+            shards = _parquet_shards(found, version, shard_size, column)
         yield from map(once, shards)
 
 
@@ -176,32 +185,45 @@ def _image_shard(part: list[Entry], version: str) -> Shard:
     )
 
 
-def _parquet_shards(entries: Iterable[Entry], version: str, shard_size: int) -> Iterator[Shard]:
+def _parquet_shards(entries: Iterable[Entry], version: str, shard_size: int, column: str | None) -> Iterator[Shard]:
+    known = False
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
         for batch in _batched(entries, 8 * FOOTER_THREADS):
-            for entry, groups in zip(batch, pool.map(_row_groups, batch), strict=True):
+            for entry, footer in zip(batch, pool.map(_footer, batch), strict=True):
+                if footer is not None and not known:
+                    known = True
+                    schema = footer.schema.to_arrow_schema()
+                    if not any(image_columns(schema, column)):
+                        raise UsageError(f"--input: {entry.place} has {no_column(schema, column)}")
+                groups = _row_groups(footer)
                 total = sum(rows for rows, _ in groups)
                 size = sum(size for _, size in groups)
-                for first, last in _row_ranges([rows for rows, _ in groups], shard_size):
+                ranges = [(0, 0)] if footer is None else _row_ranges([rows for rows, _ in groups], shard_size)
+                for first, last in ranges:
                     yield Shard(
                         key=_digest([version, "parquet", *_identity(entry), str(first), str(last)]),
                         kind="parquet",
                         source=entry.place,
                         first=first,
                         last=last,
-                        rows=last - first if groups else 1,  # what cannot be read is one row that says so
+                        rows=max(last - first, 1),  # what cannot be read is one row that says so
                         size=size * (last - first) // max(total, 1),
                     )
 
 
-def _row_groups(entry: Entry) -> list[tuple[int, int]]:
-    """(rows, bytes) of each row group; nothing when the file cannot be read."""
+def _footer(entry: Entry) -> pq.FileMetaData | None:
+    """The footer of a Parquet file; None when the file cannot be read, or is none."""
     try:
-        with store.open_file(entry.place) as file:
-            footer = pq.ParquetFile(file).metadata
+        with store.open_file(entry.place) as file, reading(entry.place):
+            return pq.ParquetFile(file).metadata
     except (pa.ArrowException, store.ReadError, OSError):
-        return []
-    return [(footer.row_group(k).num_rows, footer.row_group(k).total_byte_size) for k in range(footer.num_row_groups)]
+        return None
+
+
+def _row_groups(footer: pq.FileMetaData | None) -> list[tuple[int, int]]:
+    """(rows, bytes) of each row group."""
+    groups = (footer.row_group(k) for k in range(footer.num_row_groups)) if footer else ()
+    return [(group.num_rows, group.total_byte_size) for group in groups]
 
 
 def _row_ranges(groups: list[int], shard_size: int) -> Iterator[tuple[int, int]]:
@@ -217,7 +239,7 @@ def _row_ranges(groups: list[int], shard_size: int) -> Iterator[tuple[int, int]]
             if last - first >= shard_size:
                 yield first, last
                 first = last
-    if last > first or not groups:
+    if last > first:
         yield first, last
 
 

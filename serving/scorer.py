@@ -50,6 +50,7 @@ class ScorerConfig:
     """Threads of the engine, and threads that decode."""
     provider: str = "auto"
     max_pixels: int = 100_000_000
+    draft: bool = False
     column: str | None = None
     roots: tuple[str, ...] = ()
     """Images outside these places are not read; empty: no limit."""
@@ -62,6 +63,7 @@ class ScorerConfig:
             threads=self.threads,
             ahead=2 * self.batch_size,
             max_pixels=self.max_pixels,
+            draft=self.draft,
             column=self.column,
             roots=self.roots,
         )
@@ -128,6 +130,8 @@ class ShardScorer:
             for number, row in scored:
                 earlier[number] = row
         rows = earlier if earlier is not None else [row for _, row in scored]
+        if shard.rows not in (-1, len(rows)):
+            raise WorkError(f"shard {shard.key} has {len(rows)} rows instead of {shard.rows}; run the command again")
         failures = _errors(rows)
         store.write_bytes(place, serialise(rows, len(failures)), temporary=self.ledger.temporary)
         return ShardReport(

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from pipeline.data import store
 from pipeline.data.decode import ImageError
-from pipeline.data.images import image_columns
+from pipeline.data.images import image_columns, no_column, reading
 from pipeline.data.listing import is_image_name
 from serving.plan import Shard
 from serving.roots import within
@@ -77,7 +77,7 @@ def _tar(place: str) -> Iterator[Source]:
     """Members that are images, as ``<tar>#<member>``; damage ends in one more source, which says so."""
     count = 0
     try:
-        with store.open_file(place) as file, tarfile.open(fileobj=file, mode="r|*") as archive:
+        with store.open_file(place) as file, reading(place), tarfile.open(fileobj=file, mode="r|*") as archive:
             for member in archive:
                 if not (member.isreg() and is_image_name(member.name)):
                     continue
@@ -97,46 +97,60 @@ def _tar(place: str) -> Iterator[Source]:
 
 
 def _parquet(shard: Shard, column: str | None, roots: Sequence[str]) -> Iterator[Source]:
+    """As many sources as the shard has rows, whatever has become of the file since it was planned."""
     place = shard.source
+    row = shard.first
+    why = "it has fewer rows than when the job was planned; run the command again"
     try:
-        with store.open_file(place) as raw:
-            file = pq.ParquetFile(raw)
-            yield from _parquet_rows(file, shard, column, roots)
+        with store.open_file(place) as raw, reading(place):
+            if shard.first == shard.last:
+                pq.ParquetFile(raw)
+                why = "it could not be read when the job was planned; run the command again"
+            else:
+                for source in _parquet_rows(pq.ParquetFile(raw), shard, column, roots):
+                    yield source
+                    row += 1
     except (pa.ArrowException, OSError, store.ReadError) as error:
-        yield Source(place, _given(None, f"cannot be read as Parquet ({' '.join(str(error).split())[:200]})"))
+        why = " ".join(str(error).split())[:200]
+    if shard.first == shard.last:
+        yield Source(place, _given(None, f"cannot be read as Parquet ({why})"))
+    for number in range(row, shard.last):
+        yield Source(f"{place}#{number}", _given(None, f"cannot be read as Parquet ({why})"))
 
 
 def _parquet_rows(file: pq.ParquetFile, shard: Shard, column: str | None, roots: Sequence[str]) -> Iterator[Source]:
+    """The shard's rows in order; a damaged row group becomes rows that say so, and the others are read."""
     content, name = image_columns(file.schema_arrow, column)
     columns = [c for c in (content, name) if c is not None]
     if not columns:
-        raise pa.ArrowInvalid(
-            f"no column of images or URIs among {', '.join(file.schema_arrow.names)}; name it with --column"
-        )
-    groups, start = _groups_of(file, shard)
-    row = start
-    for batch in file.iter_batches(READ_ROWS, row_groups=groups, columns=columns):
-        if row + batch.num_rows > shard.first and row < shard.last:
-            for offset, record in enumerate(batch.to_pylist()):
-                if shard.first <= row + offset < shard.last:
-                    yield _parquet_source(record, content, name, shard.source, row + offset, roots)
+        raise pa.ArrowInvalid(no_column(file.schema_arrow, column))
+    end = 0
+    for group in range(file.metadata.num_row_groups):
+        start, end = end, end + file.metadata.row_group(group).num_rows
+        row, last = max(start, shard.first), min(end, shard.last)
+        if row >= last:
+            continue
+        try:
+            for record in _records(file, group, columns, row - start, last - start):
+                yield _parquet_source(record, content, name, shard.source, row, roots)
+                row += 1
+        except (pa.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            why = " ".join(str(error).split())[:200]
+            for number in range(row, last):
+                yield Source(f"{shard.source}#{number}", _given(None, f"row group {group} is damaged ({why})"))
+
+
+def _records(file: pq.ParquetFile, group: int, columns: list[str], first: int, last: int) -> Iterator[dict[str, Any]]:
+    """Rows ``first`` to ``last`` of a row group, `READ_ROWS` in memory at a time."""
+    row = 0
+    for batch in file.iter_batches(READ_ROWS, row_groups=[group], columns=columns):
+        if row + batch.num_rows > first:
+            yield from batch.slice(max(first - row, 0), min(last, row + batch.num_rows) - max(first, row)).to_pylist()
         row += batch.num_rows
-        if row >= shard.last:
+        if row >= last:
             return
-
-
-def _groups_of(file: pq.ParquetFile, shard: Shard) -> tuple[list[int], int]:
-    """The row groups that hold the shard's rows, and the number of the first row in them."""
-    groups: list[int] = []
-    row = start = 0
-    for k in range(file.metadata.num_row_groups):
-        rows = file.metadata.row_group(k).num_rows
-        if row < shard.last and row + rows > shard.first:
-            if not groups:
-                start = row
-            groups.append(k)
-        row += rows
-    return groups, start
 
 
 def _parquet_source(

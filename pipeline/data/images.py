@@ -9,9 +9,11 @@ A path is relative to the root of the data set, or a place of its own (absolute,
 
 from __future__ import annotations
 
+import contextlib
 import re
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -117,6 +119,25 @@ class Images:
         return found.result()
 
 
+@contextlib.contextmanager
+def reading(place: str) -> Iterator[None]:
+    """While an open file is read: tell a store that fails from content that is damaged.
+
+    What Arrow, gzip and the like raise about content is an `OSError` without a number; it passes as it is.
+
+    Raises:
+        store.StoreError: the disk or the network failed.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise store.StoreError(
+            f"{place}: reading it broke off ({error.strerror or error}); run the command again"
+        ) from error
+
+
 def image_columns(schema: pa.Schema, column: str | None) -> tuple[str | None, str | None]:
     """(column of encoded images, column of names) of a Parquet schema.
 
@@ -132,6 +153,13 @@ def image_columns(schema: pa.Schema, column: str | None) -> tuple[str | None, st
     if content is None and name is None and len(binary) == 1:
         content = binary[0]
     return content, name
+
+
+def no_column(schema: pa.Schema, column: str | None) -> str:
+    """What is wrong with a Parquet schema that has no column to read."""
+    if column is not None:
+        return f"no column {column!r} of images or URIs among {', '.join(schema.names)}; correct --column"
+    return f"no column of images or URIs among {', '.join(schema.names)}; name it with --column"
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from pipeline.data.decode import ImageError, decode_image, decode_image_reference, read_image
+from pipeline.data.decode import ImageError, decode_draft, decode_image, decode_image_reference, read_image
 
 
 def encode(picture: Image.Image, format: str, **options) -> bytes:
@@ -100,6 +100,38 @@ def test_fast_jpegs_have_the_pixels_of_pillow(options):
     for picture in (photo_like(), photo_like().convert("L"), Image.new("RGB", (1, 1)), photo_like().resize((17, 250))):
         data = encode(picture, "JPEG", **options)
         np.testing.assert_array_equal(decode_image(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_draft_is_pillow_s(mode, orientation):
+    picture = photo_like().resize((900, 610)).convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(picture, "JPEG", quality=95, exif=exif)
+    whole = decode_image(data)
+    for size, factor in ((700, 1), (306, 1), (305, 2), (200, 2), (152, 4), (76, 8), (10, 8)):
+        image, (width, height) = decode_draft(data, size)
+        assert (height, width) == whole.shape[:2]
+        wanted = tuple(-(-side // factor) for side in whole.shape[:2])
+        assert image.shape == (*wanted, 3)
+        if factor > 1:
+            pillow = Image.open(io.BytesIO(data))
+            pillow.draft(None, (900 // factor, 610 // factor))
+            reference = np.asarray(ImageOps.exif_transpose(pillow).convert("RGB"))
+            assert reference.shape == image.shape and np.abs(reference.astype(int) - image).max() <= 2
+        else:
+            np.testing.assert_array_equal(image, whole)
+
+
+def test_drafts_of_what_is_no_jpeg_or_damaged():
+    png = encode(photo_like().resize((900, 610)), "PNG")
+    np.testing.assert_array_equal(decode_draft(png, 100)[0], decode_image(png))
+    jpeg = encode(photo_like().resize((900, 610)), "JPEG")
+    for data in (b"", jpeg[: len(jpeg) // 2], jpeg[:200]):
+        assert outcome(lambda data: decode_draft(data, 100)[0], data) == outcome(decode_image, data)
+    with pytest.raises(ImageError, match="too_many_pixels"):
+        decode_draft(jpeg, 100, max_pixels=1000)
 
 
 def test_cmyk_jpeg_with_inverted_inks():

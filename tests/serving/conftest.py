@@ -101,9 +101,9 @@ def write_images(folder: Path, count: int, *, first: int = 0) -> Path:
 
 
 @pytest.fixture(scope="session")
-def jpeg() -> Callable[[int], bytes]:
-    """Encoded pictures by seed."""
-    return lambda seed: cv2.imencode(".jpg", draw(seed))[1].tobytes()
+def jpeg() -> Callable[..., bytes]:
+    """Encoded pictures by seed, and by size where it is given."""
+    return lambda seed, **size: cv2.imencode(".jpg", draw(seed, **size))[1].tobytes()
 
 
 @pytest.fixture(scope="session")
@@ -117,8 +117,9 @@ def score_here(bundle: Path) -> Callable[..., pa.Table]:
 
     ``expected``: how many shards have to be left.
     """
-    from serving.job import BatchRequest, Prepared, Progress, prepare, run_job
+    from serving.job import BatchRequest, Prepared, prepare, run_job
     from serving.plan import read_shard
+    from serving.progress import Progress
     from serving.scorer import ShardScorer
 
     def in_process(prepared: Prepared, _progress: Progress) -> Iterator[dict[str, Any]]:

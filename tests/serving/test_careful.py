@@ -33,7 +33,7 @@ def test_the_pictures_are_the_same_elsewhere_and_errors_too(jpeg: Callable[[int]
 
 
 def test_a_death_is_an_error_row_and_the_next_picture_is_fine(jpeg: Callable[[int], bytes]) -> None:
-    decoder = CarefulDecoder(size=32, geometry="squash", max_pixels=10**8)
+    decoder = CarefulDecoder(DecoderConfig(size=32, geometry="squash"))
     before = decoder.see(jpeg(0))
     os.kill(decoder._process.pid, signal.SIGKILL)
     with pytest.raises(ImageError, match=r"^undecodable: the decoder died of it"):
@@ -43,7 +43,7 @@ def test_a_death_is_an_error_row_and_the_next_picture_is_fine(jpeg: Callable[[in
 
 
 def test_a_picture_that_never_ends(jpeg: Callable[[int], bytes], monkeypatch: pytest.MonkeyPatch) -> None:
-    decoder = CarefulDecoder(size=32, geometry="squash", max_pixels=10**8)
+    decoder = CarefulDecoder(DecoderConfig(size=32, geometry="squash"))
     decoder.see(jpeg(0))
     monkeypatch.setattr(careful, "SECONDS", 0.5)
     os.kill(decoder._process.pid, signal.SIGSTOP)

@@ -8,6 +8,7 @@ from pipeline.errors import UsageError
 from serving.cluster import Node, Workers, fit_workers
 
 TWO = [Node(cpus=2, gpus=0)]
+GPUS = [Node(cpus=4, gpus=1), Node(cpus=4, gpus=1)]
 MIXED = [Node(cpus=32, gpus=0), Node(cpus=16, gpus=4)]
 
 
@@ -28,6 +29,14 @@ def fit(nodes: list[Node], free: list[Node] | None = None, **asked) -> Workers:
         (MIXED, MIXED, {}, Workers(count=4, cpus=4, gpus=1)),
         (MIXED, MIXED, {"gpus": 0}, Workers(count=12, cpus=4, gpus=0)),
         (MIXED, MIXED, {"gpus": 0.5, "cpus": 2}, Workers(count=8, cpus=2, gpus=0.5)),
+        # Those who decode go where there is no GPU, and to the others only when that is full.
+        (MIXED, MIXED, {"cpus": 4, "reserved": 32}, Workers(count=4, cpus=4, gpus=1)),
+        (
+            MIXED,
+            MIXED,
+            {"cpus": 4, "reserved": 34},
+            Workers(count=3, cpus=4, gpus=1),
+        ),
     ],
 )
 def test_what_fits(nodes: list[Node], free: list[Node], asked: dict, expected: Workers) -> None:
@@ -42,6 +51,7 @@ def test_what_fits(nodes: list[Node], free: list[Node], asked: dict, expected: W
         (TWO, {"gpus": 1}, "no worker of 2 CPUs and 1 GPUs fits: the cluster has 2 CPUs and 0 GPUs"),
         (TWO, {"cpus": 2, "reserved": 1}, "1 of them kept for decoding"),
         (MIXED, {"workers": 5}, "on 2 nodes"),
+        (GPUS, {"cpus": 4, "gpus": 1, "reserved": 2}, "2 of them kept for decoding"),  # one on each: no room for either
     ],
 )
 def test_what_does_not(nodes: list[Node], asked: dict, said: str) -> None:

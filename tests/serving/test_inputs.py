@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import tarfile
 from pathlib import Path
@@ -10,8 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.data import store
 from pipeline.data.decode import ImageError
 from pipeline.data.listing import list_images
+from pipeline.data.store import StoreError
 from pipeline.errors import UsageError
 from serving.inputs import open_inputs
 from serving.plan import cut
@@ -131,6 +135,103 @@ def test_parquet_is_cut_at_row_groups_and_within_large_ones(tmp_path: Path) -> N
         shards = list(cut(open_inputs(str(path)).entries(), version="v", shard_size=10))
         assert len(shards) > 4
         assert [source.read()[0] for shard in shards for source in sources(shard)] == list(range(100))
+
+
+def read_all(path: Path, shard_size: int = 10, **options) -> list[tuple[str, bytes | str]]:
+    """Every source of an input with its bytes, or with its error."""
+    found: list[tuple[str, bytes | str]] = []
+    for shard in cut(open_inputs(str(path)).entries(), version="v", shard_size=shard_size, **options):
+        before = len(found)
+        for source in sources(shard, column=options.get("column")):
+            try:
+                found.append((source.uri, source.read()))
+            except ImageError as error:
+                found.append((source.uri, str(error)))
+        assert shard.rows in (-1, len(found) - before), "as many sources as were planned"
+    return found
+
+
+def test_damage_in_parquet_costs_its_row_group_and_no_row(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    table = pa.table({"image": [f"image {k} ".encode() * 100 for k in range(100)]})
+    pq.write_table(table, path, row_group_size=25, compression="snappy", use_dictionary=False)
+    page = pq.ParquetFile(path).metadata.row_group(1).column(0).data_page_offset
+    data = bytearray(path.read_bytes())
+    data[page : page + 20] = b"\xff" * 20
+    path.write_bytes(data)
+    found = read_all(path)
+    assert [uri for uri, _ in found] == [f"{path}#{k}" for k in range(100)]
+    damaged = {k for k, (_, content) in enumerate(found) if isinstance(content, str)}
+    assert damaged == set(range(25, 50))
+    assert "row group 1 is damaged" in str(found[30][1])
+
+
+def test_parquet_that_changes_after_planning_keeps_its_rows(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"image": [b"1"] * 20}), path)
+    (shard,) = cut(open_inputs(str(path)).entries(), version="v", shard_size=100)
+    pq.write_table(pa.table({"image": [b"1"] * 5}), path)
+    assert len(list(sources(shard))) == 20
+    path.unlink()
+    found = list(sources(shard))
+    assert len(found) == 20
+    with pytest.raises(ImageError, match="No such file"):
+        found[7].read()
+    path.write_bytes(b"PAR1 not now")
+    (unread,) = cut(open_inputs(str(path)).entries(), version="v", shard_size=100)
+    pq.write_table(pa.table({"image": [b"1"] * 5}), path)
+    (source,) = sources(unread)
+    with pytest.raises(ImageError, match="run the command again"):
+        source.read()
+
+
+def test_a_column_that_is_not_there_is_said_before_anything_is_scored(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"image": [b"1"], "other": ["x"], "n": [1]}), path)
+    assert read_all(path, column="other") == [(f"{tmp_path}/x", "unreadable: No such file or directory")]
+    for column in ("typo", "n"):
+        with pytest.raises(UsageError, match=f"no column '{column}' of images or URIs among image, other, n"):
+            read_all(path, column=column)
+    pq.write_table(pa.table({"n": [1]}), path)
+    with pytest.raises(UsageError, match="name it with --column"):
+        read_all(path)
+
+
+@pytest.mark.parametrize("name", ["x.tar", "x.parquet"])
+def test_a_disk_that_fails_stops_the_job_instead_of_losing_rows(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / name
+    if name == "x.tar":
+        (tmp_path / "one.jpg").write_bytes(b"x" * 40_000)
+        with tarfile.open(path, "w") as archive:
+            for k in range(20):
+                archive.add(tmp_path / "one.jpg", f"{k}.jpg")
+    else:
+        pq.write_table(pa.table({"image": [os.urandom(40_000) for _ in range(20)]}), path, row_group_size=5)
+    (shard,) = cut(open_inputs(str(path)).entries(), version="v", shard_size=100)
+
+    class Failing(io.FileIO):
+        def readinto(self, buffer) -> int:
+            if 200_000 < self.tell() < 600_000:
+                raise OSError(errno.EIO, "Input/output error")
+            return super().readinto(buffer)
+
+        def read(self, size: int = -1) -> bytes:
+            data = bytearray(size)
+            return bytes(data[: self.readinto(data)])
+
+    monkeypatch.setattr(store, "open_file", lambda place: Failing(place))
+    with pytest.raises(StoreError, match=r"broke off .*run the command again"):
+        list(sources(shard))
+
+
+def test_what_lies_beside_the_scores_is_no_input(tmp_path: Path) -> None:
+    for name in ("a.jpg", "_overlays/most-001.png", "b/_c/d.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    inputs = open_inputs(str(tmp_path), exclude=str(tmp_path))
+    assert places(inputs) == [f"{tmp_path}/a.jpg", f"{tmp_path}/b/_c/d.jpg"]
 
 
 def test_webdataset_and_damaged_containers_become_rows(tmp_path: Path) -> None:

@@ -6,14 +6,19 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from serving import batch
+from pipeline.errors import UsageError
+from serving import batch, codec
+from serving.job import BatchRequest, prepare, run_job
+from serving.ledger import JobRecord
 from tests.serving.reading import read_parts, read_scores
 
 Score = Callable[..., pa.Table]
@@ -79,6 +84,68 @@ def test_failed_rows_can_be_tried_again(
     assert [after[k] for k in (0, 2, 3)] == [before[k] for k in (0, 2, 3)]
 
 
+def test_the_stored_plan_goes_on_without_a_look_at_the_input(
+    bundle: Path, images: Path, score_here: Score, tmp_path: Path
+) -> None:
+    source, output = tmp_path / "in", tmp_path / "out"
+    shutil.copytree(images, source)
+    whole = score_here(bundle, source, output, shard_size=16)
+    parts = read_parts(output)
+    lost = sorted(output.glob("*.parquet"))[3]
+    lost.unlink()
+    shutil.copy(source / "00007.jpg", source / "another.jpg")
+    assert score_here(bundle, source, output, stored_plan=True).equals(whole)
+    assert read_parts(output) == parts
+    with pytest.raises(UsageError, match="begun with another engine, input or setting"):
+        score_here(bundle, source, output, stored_plan=True, max_pixels=10**6)
+    with pytest.raises(UsageError, match="has no plan yet"):
+        score_here(bundle, source, tmp_path / "new", stored_plan=True)
+    assert score_here(bundle, source, output).num_rows == whole.num_rows + 1
+
+
+def test_a_job_that_began_while_this_one_was_planned_is_not_mixed_with(
+    bundle: Path, other_bundle: Path, images: Path, tmp_path: Path
+) -> None:
+    output = str(tmp_path / "out")
+    ours = prepare(BatchRequest(engine=str(bundle), input=str(images), output=output))
+    theirs = prepare(BatchRequest(engine=str(other_bundle), input=str(images), output=output))
+    theirs.ledger.write_job(JobRecord(id="theirs", state="running", version=theirs.version.id))
+    with pytest.raises(UsageError, match=r"job theirs .* is writing version"):
+        run_job(ours, score=lambda *_: iter(()))
+    assert ours.ledger.current() is None, "nothing has been made current"
+
+
+def test_large_jpegs_can_be_decoded_at_a_smaller_size(
+    bundle: Path, jpeg: Callable[..., bytes], score_here: Score, tmp_path: Path
+) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    (source / "large.jpg").write_bytes(jpeg(1, width=700, height=500))
+    (source / "small.jpg").write_bytes(jpeg(2, width=100, height=90))
+    (source / "not.jpg").write_bytes(b"never an image")
+    exact = score_here(bundle, source, tmp_path / "exact").to_pylist()
+    draft = score_here(bundle, source, tmp_path / "draft", draft=True).to_pylist()
+    assert draft[2] == exact[2] and draft[1]["error"] == exact[1]["error"]
+    large, other = exact[0], draft[0]
+    assert (other["width"], other["height"]) == (700, 500) and other["label"] == large["label"]
+    assert 0 < abs(other["score"] - large["score"]) < 0.05
+    assert np.abs(codec.load(other).astype(float) - codec.load(large)).mean() < 0.05
+
+
+def test_decoding_elsewhere_has_bounded_messages(bundle: Path, images: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        archive.add(images / "00007.jpg", "a.jpg")
+
+    def asked(source: Path, **more) -> BatchRequest:
+        return BatchRequest(engine=str(bundle), input=str(source), output=str(tmp_path / "out"), decode_cpus=1, **more)
+
+    with pytest.raises(UsageError, match="a tar file is decoded where it is scored"):
+        prepare(asked(tmp_path / "x.tar"), dry=True)
+    with pytest.raises(UsageError, match="shards of 2048 images; give --shard-size 256"):
+        prepare(asked(images, shard_size=2048), dry=True)
+    assert prepare(asked(images), dry=True).version.settings["shard_size"] <= 256
+
+
 def test_what_is_wrong_is_said_on_one_line(bundle: Path, images: Path, scored: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("x")
@@ -91,6 +158,8 @@ def test_what_is_wrong_is_said_on_one_line(bundle: Path, images: Path, scored: P
         (["--engine", str(bundle), "--input", str(tmp_path / "empty")], "no images"),
         (["--engine", str(bundle), "--input", str(images), "--workers", "0"], "--workers"),
         (["--engine", str(bundle), "--input", str(images), "--work", "1"], "--work"),
+        (["--engine", str(bundle), "--input", "x" * 300], "File name too long"),
+        (["--engine", str(bundle), "--input", f"{images}/**x"], "no glob"),
         (["--status"], "no job has begun here"),
     ]
     for flags, said in cases:
