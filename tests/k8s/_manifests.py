@@ -18,6 +18,9 @@ OVERLAYS = ("local", "gpu", "spot", "s3")
 NAMESPACE = "onepass"
 COMPONENT = "app.kubernetes.io/component"
 ROLE = "onepass-saliency/role"
+ISTIO_DEFAULTS = K8S / "components/gateway/istio-defaults.yaml"
+GATEWAY_CLASS = "gateway.istio.io/defaults-for-class"
+STEP_BY_STEP = "NewClusterWithIncrementalUpgrade"
 
 Object = dict[str, Any]
 
@@ -34,12 +37,26 @@ def need(program: str, package: str) -> str:
 
 
 def build(folder: Path) -> list[Object]:
-    """The objects that ``kubectl apply -k folder`` would send."""
+    """The objects that ``kubectl apply -k folder`` would send, and those that k8s/README.md has applied beside them."""
     kubectl = need("kubectl", "kubernetes-client")
     done = subprocess.run([kubectl, "kustomize", str(folder)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, f"kubectl kustomize {folder}: {done.stderr}"
     assert not done.stderr, f"kubectl kustomize {folder} warns: {done.stderr}"
-    return [document for document in yaml.load_all(done.stdout, Loader=yaml.CSafeLoader) if document]
+    objects = [document for document in yaml.load_all(done.stdout, Loader=yaml.CSafeLoader) if document]
+    if any(spec.get("upgradeStrategy", {}).get("type") == STEP_BY_STEP for _, spec, _ in clusters(objects)):
+        objects.append(yaml.safe_load(ISTIO_DEFAULTS.read_text()))
+    return objects
+
+
+def mixed(folder: Path, overlay: str, *components: str) -> list[Object]:
+    """An overlay of a user's own, written to ``folder``: one of ours with further components."""
+    relative = os.path.relpath(K8S, folder)
+    pieces = ", ".join(f"{relative}/components/{name}" for name in components)
+    (folder / "kustomization.yaml").write_text(
+        "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\n"
+        f"resources: [{relative}/overlays/{overlay}]\ncomponents: [{pieces}]\n"
+    )
+    return build(folder)
 
 
 def find(objects: list[Object], kind: str, name: str) -> Object:

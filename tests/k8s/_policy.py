@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 
 import yaml
 
-from tests.k8s._manifests import COMPONENT, NAMESPACE, Object, Pod, clusters, pods, size
+from pipeline.placement import Machine, cpus_per_worker, room
+from tests.k8s._manifests import COMPONENT, GATEWAY_CLASS, NAMESPACE, STEP_BY_STEP, Object, Pod, clusters, pods, size
 from tests.k8s._network import End, lets_through
 
 Rule = Callable[[list[Object]], Iterator[str]]
@@ -41,7 +42,7 @@ def namespace_restricted(objects: list[Object]) -> Iterator[str]:
         if o["kind"] == "Namespace":
             if o["metadata"]["labels"].get("pod-security.kubernetes.io/enforce") != "restricted":
                 yield o["metadata"]["name"]
-        elif o["metadata"].get("namespace") != NAMESPACE:
+        elif o["metadata"].get("namespace") != NAMESPACE and GATEWAY_CLASS not in o["metadata"]["labels"]:
             yield f"{o['kind']}/{o['metadata']['name']} is not in {NAMESPACE}"
 
 
@@ -216,6 +217,28 @@ def secrets_by_reference(objects: list[Object]) -> Iterator[str]:
             yield f"{where} writes a secret down"
 
 
+def stores(pod: Pod) -> bool:
+    """Whether the pod reads or writes object storage."""
+    return pod.role in ("head", "worker", "job") and pod.labels[COMPONENT] != "data"
+
+
+def has_keys(container: Object) -> bool:
+    return any("secretRef" in source for source in container.get("envFrom", []))
+
+
+@rule("storage-keys")
+def storage_keys(objects: list[Object]) -> Iterator[str]:
+    """Static keys are with every container that moves data, or with none, and then pods have cloud roles."""
+    found = {
+        f"{pod.where} {container['name']}": has_keys(container)
+        for pod in pods(objects)
+        if stores(pod)
+        for container in (pod.spec["initContainers"][0], pod.spec["containers"][0])
+    }
+    if any(found.values()):
+        yield from (where for where, keys in found.items() if not keys)
+
+
 @rule("images-pinned")
 def images_pinned(objects: list[Object]) -> Iterator[str]:
     ours = set()
@@ -275,6 +298,16 @@ def elastic_range(objects: list[Object]) -> Iterator[str]:
             yield f"{where}: {found} in the program, {fewest}:{most} in the cluster"
         if not cluster.get("enableInTreeAutoscaling") and first["replicas"] != most:
             yield f"{where}: nothing ever adds the other workers"
+        elif "entrypoint" in spec and first["replicas"] < most and _fits(first, first["replicas"], most):
+            yield f"{where}: all workers fit on the first nodes, so that it never grows"
+
+
+def _fits(group: Object, nodes: int, workers: int) -> bool:
+    """Whether ``nodes`` have room for all training workers, of the size that these get where a run begins."""
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    gpus = int(limits.get("nvidia.com/gpu", 0))
+    found = [Machine(cpus=int(limits["cpu"]), gpus=gpus)] * nodes
+    return room(found, cpus_per_worker(found, workers, gpu=gpus > 0), gpu=gpus > 0) >= workers
 
 
 @rule("gpus-on-workers")
@@ -291,10 +324,104 @@ def one_kind_of_gpu(objects: list[Object]) -> Iterator[str]:
     kinds = set()
     for pod in pods(objects):
         gpu = any("nvidia.com/gpu" in c.get("resources", {}).get("limits", {}) for c in pod.containers)
+        if not gpu and any("export.trt" in c.get("command", []) for c in pod.containers):
+            yield f"{pod.where} builds an engine without a GPU"
         if gpu and pod.labels[COMPONENT] in ("export", "batch", "serve"):
             kinds.add(pod.spec.get("nodeSelector", {}).get("nvidia.com/gpu.product"))
     if len(kinds) > 1 or None in kinds:
         yield f"kinds of GPU: {kinds}"
+
+
+@rule("decode-on-cpus")
+def decode_on_cpus(objects: list[Object]) -> Iterator[str]:
+    """Scoring on GPUs has a group of CPUs alone, which is as large as the program expects."""
+    for where, spec, cluster in clusters(objects):
+        if "serving.batch" not in spec.get("entrypoint", "") or "nvidia.com/gpu" not in json.dumps(cluster):
+            continue
+        limits = [
+            (group["replicas"], group["template"]["spec"]["containers"][0]["resources"]["limits"])
+            for group in cluster["workerGroupSpecs"]
+        ]
+        cpus = sum(nodes * int(has["cpu"]) for nodes, has in limits if "nvidia.com/gpu" not in has)
+        asked = re.search(r"--decode-cpus (\d+)", spec["entrypoint"])
+        if cpus == 0 or asked is None or int(asked[1]) != cpus:
+            yield f"{where}: {cpus} CPUs without a GPU, {asked[1] if asked else 'none'} asked for"
+
+
+@rule("lasting-nodes")
+def lasting_nodes(objects: list[Object]) -> Iterator[str]:
+    """Where some pods run on nodes that may vanish, those that others cannot do without run on nodes that stay."""
+    capacity = "karpenter.sh/capacity-type"
+    if not any(capacity in json.dumps(pod.spec.get("affinity", {})) for pod in pods(objects)):
+        return
+    for pod in pods(objects):
+        needed = pod.role in ("head", "redis") or (pod.role == "worker" and pod.labels[COMPONENT] == "serve")
+        if needed and pod.spec.get("nodeSelector", {}).get(capacity) != "on-demand":
+            yield pod.where
+
+
+@rule("grace-used")
+def grace_used(objects: list[Object]) -> Iterator[str]:
+    """Ray ends its processes after a time of its own, which has to fit the time that Kubernetes leaves it."""
+    for pod in pods(objects):
+        if pod.role in ("head", "worker"):
+            environment = {e["name"]: e.get("value") for e in pod.spec["containers"][0].get("env", [])}
+            drain = int(environment.get("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S") or 30)
+            grace = pod.spec.get("terminationGracePeriodSeconds", 30)
+            if not grace - 15 <= drain <= grace:
+                yield f"{pod.where}: Ray ends after {drain} s, the pod after {grace} s"
+
+
+@rule("step-by-step")
+def step_by_step(objects: list[Object]) -> Iterator[str]:
+    """A service on GPUs goes over to a new version by steps; KubeRay does that only with Ray's autoscaler."""
+    for where, spec, cluster in clusters(objects):
+        if "serveConfigV2" not in spec or "nvidia.com/gpu" not in json.dumps(cluster):
+            continue
+        strategy = spec.get("upgradeStrategy", {})
+        options = strategy.get("clusterUpgradeOptions", {})
+        step, surge = options.get("stepSizePercent", 0), options.get("maxSurgePercent", 100)
+        if strategy.get("type") != STEP_BY_STEP or not cluster.get("enableInTreeAutoscaling"):
+            yield f"{where} changes its version at once"
+        elif not 0 < step <= surge <= 100 or not options.get("intervalSeconds", 0) > 0:
+            yield f"{where}: steps of {step} %"
+
+
+@rule("gateway-inside")
+def gateway_inside(objects: list[Object]) -> Iterator[str]:
+    """The gateway's pod and Service come from Istio's template, which only the defaults of its class make fit."""
+    for where, spec, _ in clusters(objects):
+        if spec.get("upgradeStrategy", {}).get("type") != STEP_BY_STEP:
+            continue
+        name = spec["upgradeStrategy"]["clusterUpgradeOptions"]["gatewayClassName"]
+        data = next(
+            (o["data"] for o in objects if o["metadata"].get("labels", {}).get(GATEWAY_CLASS) == name),
+            {},
+        )
+        pod = yaml.safe_load(data.get("deployment", "{}")).get("spec", {}).get("template", {}).get("spec", {})
+        if pod.get("securityContext", {}).get("seccompProfile") != {"type": "RuntimeDefault"}:
+            yield f"{where}: the namespace refuses the pod of its gateway, which has no seccomp profile"
+        if yaml.safe_load(data.get("service", "{}")).get("spec", {}).get("type") != "ClusterIP":
+            yield f"{where}: its gateway is a load balancer"
+
+
+@rule("scaled-by-serve")
+def scaled_by_serve(objects: list[Object]) -> Iterator[str]:
+    """Serve alone adds and removes replicas; a second hand on the same number would work against it."""
+    for o in objects:
+        if o["kind"] in ("HorizontalPodAutoscaler", "VerticalPodAutoscaler", "ScaledObject"):
+            yield f"{o['kind']}/{o['metadata']['name']}"
+
+
+@rule("alpha-marked")
+def alpha_marked(objects: list[Object]) -> Iterator[str]:
+    """A kind that is alpha says so, and does nothing until somebody wants it."""
+    for o in objects:
+        if o["kind"] == "RayCronJob" and (
+            o["metadata"].get("annotations", {}).get("onepass-saliency/maturity") != "alpha"
+            or o["spec"].get("suspend") is not True
+        ):
+            yield f"RayCronJob/{o['metadata']['name']}"
 
 
 @rule("survives-its-head")
@@ -352,10 +479,19 @@ def connections(objects: list[Object]) -> Iterator[tuple[End, End, int, str, boo
     storage = End("object storage", address="52.216.8.13")
     metadata = End("metadata service", address="169.254.169.254")
     private = End("private network", address="10.20.30.40")
+    dns_cache = End("DNS of the node", address="169.254.20.10")
+    agent = End("agent of EKS Pod Identity", address="169.254.170.23")
+    store = End("store in the cluster", {}, namespace="minio", namespace_labels={"onepass-saliency/storage": "true"})
+    istiod = End("istiod", {"app": "istiod"}, namespace="istio-system")
+    cleanup = End("Redis cleanup", {COMPONENT: "serve", "ray.io/node-type": "redis-cleanup"})
+    with_keys = any(has_keys(pod.spec["containers"][0]) for pod in pods(objects))
+    with_agent = any(o["kind"] == "NetworkPolicy" and o["metadata"]["name"] == "pod-identity" for o in objects)
 
     for end in ends.values():
         yield end, dns, 53, "UDP", True
         yield end, dns, 53, "TCP", True
+        yield end, dns_cache, 53, "UDP", True
+        yield end, dns_cache, 80, "TCP", False
         yield end, stranger, 80, "TCP", False
         yield end, metadata, 80, "TCP", False
         yield end, metadata, 443, "TCP", False
@@ -365,15 +501,35 @@ def connections(objects: list[Object]) -> Iterator[tuple[End, End, int, str, boo
         yield stranger, end, 6379, "TCP", False
         yield lodger, end, 8265, "TCP", False
     redis = ends["platform", "redis"]
+    yield cleanup, redis, 6379, "TCP", True
+    if any(spec.get("upgradeStrategy", {}).get("type") == STEP_BY_STEP for _, spec, _ in clusters(objects)):
+        gateway = End("gateway", {"gateway.networking.k8s.io/gateway-name": "serve-gateway"})
+        yield gateway, dns, 53, "UDP", True
+        yield gateway, istiod, 15012, "TCP", True
+        yield gateway, storage, 443, "TCP", False
+        yield gateway, redis, 6379, "TCP", False
+        yield client, gateway, 80, "TCP", True
+        yield stranger, gateway, 80, "TCP", False
+        yield lodger, gateway, 80, "TCP", False
+        for (component, role), end in ends.items():
+            yield gateway, end, 8000, "TCP", component == "serve" and role in ("head", "worker")
+            yield gateway, end, 8265, "TCP", False
     for (component, role), end in ends.items():
         works = role in ("head", "worker", "job") and component != "data"
         yield end, storage, 443, "TCP", works
+        yield end, store, 443, "TCP", works and with_keys
+        yield end, store, 9000, "TCP", works and with_keys
+        yield end, agent, 80, "TCP", works and with_agent
         yield end, redis, 6379, "TCP", (component, role) == ("serve", "head")
-        yield prometheus, end, 8080, "TCP", role in ("head", "worker")
+        for port in (8080, 44217, 44227):
+            yield prometheus, end, port, "TCP", role in ("head", "worker")
+        yield prometheus, end, 8000, "TCP", component == "serve" and role in ("head", "worker")
         yield operator, end, 8265, "TCP", role == "head"
+        yield operator, end, 8000, "TCP", component == "serve" and role == "head"
         yield client, end, 8000, "TCP", component == "serve" and role in ("head", "worker")
         yield client, end, 8265, "TCP", False
         elastic = role == "head" and component in ("train", "serve")
+        yield end, private, 443, "TCP", elastic
         yield end, private, 6443, "TCP", elastic
         yield end, private, 9000, "TCP", False
     for (component, role), end in ends.items():

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
 
 from pipeline.mask_statistics import mask_statistics
 from serving.metrics import Metrics
-from tests.k8s._manifests import K8S, Object, find, pods
+from tests.k8s._manifests import K8S, Object, clusters, find, pods
 
 REPOSITORY = K8S.parent
 # Of Ray itself and of kube-state-metrics; the former are looked up in the installed Ray.
@@ -25,6 +32,11 @@ def expressions(objects: list[Object]) -> list[str]:
     board = json.loads(find(objects, "ConfigMap", "onepass-dashboard")["data"]["onepass.json"])
     targets = [target for panel in board["panels"] for target in panel.get("targets", [])]
     return [rule["expr"] for group in rules for rule in group["rules"]] + [target["expr"] for target in targets]
+
+
+def alerts(objects: list[Object]) -> dict[str, Any]:
+    groups = find(objects, "PrometheusRule", "onepass")["spec"]["groups"]
+    return {rule["alert"]: rule for group in groups for rule in group["rules"]}
 
 
 def names(expression: str) -> set[str]:
@@ -72,11 +84,56 @@ def test_monitors_name_declared_ports(overlays: dict[str, list[Object]]) -> None
 
 
 def test_alerts_cover_what_operators_ask_for(overlays: dict[str, list[Object]]) -> None:
-    groups = find(overlays["gpu"], "PrometheusRule", "onepass")["spec"]["groups"]
-    alerts = {rule["alert"]: rule for group in groups for rule in group["rules"]}
+    found = alerts(overlays["gpu"])
     wanted = {"OnepassBatchStuck", "OnepassTrainingStuck", "OnepassErrorRowsRising", "OnepassExplanationDrift"}
-    assert wanted | {"OnepassGpuIdle"} <= alerts.keys()
+    assert wanted | {"OnepassGpuIdle"} <= found.keys()
     readme = (K8S / "README.md").read_text()
-    for name, alert in alerts.items():
+    for name, alert in found.items():
         assert {"summary", "description"} <= alert["annotations"].keys()
         assert name in readme, f"{name}: k8s/README.md does not say what to do"
+
+
+@pytest.mark.parametrize(("alert", "component"), [("OnepassBatchStuck", "batch"), ("OnepassTrainingStuck", "train")])
+def test_a_hang_before_the_first_sample_is_told(alert: str, component: str, overlays: dict[str, list[Object]]) -> None:
+    """A job that never wrote anything has no series: the alert starts from the pods that are up, workers alone."""
+    expression = alerts(overlays["gpu"])[alert]["expr"]
+    up, _, progress = expression.partition(" unless on (ray_io_cluster) ")
+    match = re.fullmatch(r'count by \(ray_io_cluster\) \(up\{component="(\w+)", container="([\w-]+)"\} == 1\) > 0', up)
+    assert match and progress.endswith("> 0")
+    assert match[1] == component
+    workers = [
+        p for p in pods(overlays["gpu"]) if p.role == "worker" and p.labels["app.kubernetes.io/component"] == component
+    ]
+    assert {pod.spec["containers"][0]["name"] for pod in workers} == {match[2]}
+
+
+def test_finished_jobs_do_not_alarm(overlays: dict[str, list[Object]]) -> None:
+    """Their clusters stay for a while, idle; no alert on jobs is so quick."""
+    units = {"s": 1, "m": 60, "h": 3600}
+    stays = max(spec.get("ttlSecondsAfterFinished", 0) for _, spec, _ in clusters(overlays["gpu"]))
+    waits = alerts(overlays["gpu"])
+    for name in ("OnepassGpuIdle", "OnepassBatchStuck", "OnepassTrainingStuck"):
+        windows = [waits[name]["for"], *re.findall(r"\[(\w+)\]", waits[name]["expr"])]
+        assert sum(int(window[:-1]) * units[window[-1]] for window in windows) > stays, name
+
+
+def test_replicas_are_counted_once(overlays: dict[str, list[Object]]) -> None:
+    """Each pod's answer speaks for every replica, so figures are made one for each replica before they are added up."""
+    for expression in expressions(overlays["gpu"]):
+        for name in re.findall(r"(?<!\w)onepass_\w+", expression):
+            once = rf"max without \(pod, instance\) \((?:rate\(|increase\()?{name}\b|max\({name}\b"
+            assert len(re.findall(once, expression)) == len(re.findall(rf"(?<!\w){name}\b", expression)), name
+
+
+def test_alerts_fire_when_they_should(overlays: dict[str, list[Object]], tmp_path: Path) -> None:
+    """Prometheus' own rule tests, on series as jobs leave them."""
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("needs promtool (Debian: apt-get install prometheus)")
+    rules = find(overlays["gpu"], "PrometheusRule", "onepass")["spec"]
+    (tmp_path / "rules.yaml").write_text(yaml.safe_dump(rules))
+    (tmp_path / "alerts.yaml").write_text(Path(__file__).with_name("alerts.yaml").read_text())
+    done = subprocess.run(
+        [promtool, "test", "rules", "alerts.yaml"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

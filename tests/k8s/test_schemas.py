@@ -12,7 +12,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from tests.k8s._manifests import Object, find
+from tests.k8s._manifests import Object, find, mixed
 
 RAY_KINDS = {"RayJob": "rayjobs", "RayService": "rayservices", "RayCronJob": "raycronjobs"}
 KUBERNETES = "1.33"
@@ -47,21 +47,29 @@ ALERT = closed(
     "labels",
     "annotations",
 )
-PROMETHEUS_KINDS = {
-    # The fields that are used here, as the Prometheus Operator's reference describes them: against misspelt ones.
-    "PodMonitor": closed(
-        {"selector": closed({"matchLabels": STRINGS}), "podMetricsEndpoints": {"type": "array", "items": ENDPOINT}},
-        "selector",
-        "podMetricsEndpoints",
+MONITORING = "monitoring.coreos.com/v1"
+FOREIGN_KINDS = {
+    # The fields that are used here, as the Prometheus Operator's and Kueue's references describe them: against misspelt ones.
+    "LocalQueue": ("kueue.x-k8s.io/v1beta2", closed({"clusterQueue": TEXT}, "clusterQueue")),
+    "PodMonitor": (
+        MONITORING,
+        closed(
+            {"selector": closed({"matchLabels": STRINGS}), "podMetricsEndpoints": {"type": "array", "items": ENDPOINT}},
+            "selector",
+            "podMetricsEndpoints",
+        ),
     ),
-    "PrometheusRule": closed(
-        {
-            "groups": {
-                "type": "array",
-                "items": closed({"name": TEXT, "rules": {"type": "array", "items": ALERT}}, "name", "rules"),
-            }
-        },
-        "groups",
+    "PrometheusRule": (
+        MONITORING,
+        closed(
+            {
+                "groups": {
+                    "type": "array",
+                    "items": closed({"name": TEXT, "rules": {"type": "array", "items": ALERT}}, "name", "rules"),
+                }
+            },
+            "groups",
+        ),
     ),
 }
 
@@ -96,11 +104,9 @@ def errors(o: Object, ray_schemas: dict[str, jsonschema.Draft7Validator]) -> lis
     if o["kind"] in RAY_KINDS:
         assert o["apiVersion"] == "ray.io/v1"
         return [f"{e.json_path}: {e.message[:200]}" for e in ray_schemas[o["kind"]].iter_errors(o)]
-    if o["kind"] in PROMETHEUS_KINDS:
-        assert o["apiVersion"] == "monitoring.coreos.com/v1"
-        schema = closed(
-            {"apiVersion": TEXT, "kind": TEXT, "metadata": LABELLED, "spec": PROMETHEUS_KINDS[o["kind"]]}, "spec"
-        )
+    if o["kind"] in FOREIGN_KINDS:
+        version, spec = FOREIGN_KINDS[o["kind"]]
+        schema = closed({"apiVersion": {"const": version}, "kind": TEXT, "metadata": LABELLED, "spec": spec}, "spec")
         return [f"{e.json_path}: {e.message[:200]}" for e in jsonschema.Draft7Validator(schema).iter_errors(o)]
     try:
         kubernetes_validate.validate(o, KUBERNETES, strict=True)
@@ -110,11 +116,12 @@ def errors(o: Object, ray_schemas: dict[str, jsonschema.Draft7Validator]) -> lis
 
 
 def test_objects_fit_their_schemas(
-    overlays: dict[str, list[Object]], ray_schemas: dict[str, jsonschema.Draft7Validator]
+    overlays: dict[str, list[Object]], ray_schemas: dict[str, jsonschema.Draft7Validator], tmp_path: Path
 ) -> None:
     seen: set[str] = set()
     found: dict[str, list[str]] = {}
-    for name, objects in overlays.items():
+    own = mixed(tmp_path, "spot", "s3-keys", "kueue", "pod-identity")
+    for name, objects in (overlays | {"a user's": own}).items():
         for o in objects:
             text = json.dumps(o, sort_keys=True)
             if text not in seen:  # most objects are the same in several overlays
@@ -124,6 +131,7 @@ def test_objects_fit_their_schemas(
     assert found == {}
     kinds = {o["kind"] for objects in overlays.values() for o in objects}
     assert kinds >= {"RayJob", "RayService", "RayCronJob", "Job", "NetworkPolicy", "PodDisruptionBudget", "PodMonitor"}
+    assert "LocalQueue" in {o["kind"] for o in own}
 
 
 def test_objects_have_names_of_their_own(objects: list[Object]) -> None:
