@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shlex
+import textwrap
 from argparse import Namespace
 from collections.abc import Iterator
 from importlib import import_module
@@ -15,7 +17,10 @@ import yaml
 
 from pipeline.train import parse_workers
 from serving.config import ServiceConfig
-from tests.k8s._manifests import K8S, Object, Pod, clusters, find, pods
+from tests.k8s._manifests import ISTIO_DEFAULTS, K8S, Object, Pod, build, clusters, find, pods
+from tests.k8s._policy import RULES, broken
+
+README = (K8S / "README.md").read_text()
 
 
 def entrypoints(objects: list[Object]) -> Iterator[tuple[str, list[str], Pod]]:
@@ -120,7 +125,7 @@ def test_batch_workers_fit_their_nodes(objects: list[Object]) -> None:
 
 
 def test_commands_of_the_readme_are_parsed() -> None:
-    text = (K8S / "README.md").read_text().replace("\\\n", " ")
+    text = README.replace("\\\n", " ")
     commands = [line for line in re.findall(r"python -m [a-z.]+ [^\n`|]*", text) if "--" in line]
     assert commands
     for command in commands:
@@ -128,8 +133,45 @@ def test_commands_of_the_readme_are_parsed() -> None:
 
 
 def test_readme_names_files_that_exist() -> None:
-    text = (K8S / "README.md").read_text()
-    for path in set(re.findall(r"(?<!tests/)\bk8s/[\w./-]*\w", text)) | {
-        f"tests/k8s/{n}" for n in re.findall(r"test_\w+\.py", text)
-    }:
+    named = set(re.findall(r"(?<!tests/)\bk8s/[\w./-]*\w", README))
+    for path in named | {f"tests/k8s/{name}" for name in re.findall(r"test_\w+\.py", README)}:
         assert "/mine" in path or (K8S.parent / path).exists(), path
+
+
+def test_readme_installs_what_it_needs() -> None:
+    """KubeRay from a repository that was added, at a fixed version; a log is followed once its pod can be there."""
+    lines = [line.strip() for line in README.splitlines()]
+    added = lines.index("helm repo add kuberay https://ray-project.github.io/kuberay-helm/")
+    (install,) = [n for n, line in enumerate(lines) if line.startswith("helm install kuberay-operator kuberay/")]
+    assert added < install and re.search(r" --version \d+\.\d+\.\d+ ", lines[install])
+    for n, line in enumerate(lines):
+        if "logs -f" in line:
+            assert "kubectl -n onepass wait" in lines[n - 1], line
+    assert f"kubectl apply -f {ISTIO_DEFAULTS.relative_to(K8S.parent)}" in README
+
+
+def test_readme_names_every_place_of_the_engine() -> None:
+    upgrade = README[README.index("* **A new engine**") : README.index("* **A new image**")]
+    for path in sorted((K8S / "base").glob("*.yaml")):
+        assert ("engines/v1" in path.read_text()) == (f"k8s/base/{path.name}" in upgrade), path.name
+
+
+def test_readme_sets_every_rule_against_a_threat() -> None:
+    table = README[README.index("| threat | control | test |") : README.index("What remains:")]
+    named = set(re.findall(r"`([a-z]+(?:-[a-z]+)*)`", table))
+    assert RULES.keys() <= named, RULES.keys() - named
+
+
+def test_overlay_of_the_readme_keeps_the_rules(tmp_path: Path) -> None:
+    """The example of step 3, with a registry, a digest and an API server filled in."""
+    start = README.index("       apiVersion: kustomize.config.k8s.io/v1beta1")
+    text = textwrap.dedent(README[start : README.index("\n\n", start)])
+    text = text.replace("../gpu", f"{os.path.relpath(K8S, tmp_path)}/overlays/gpu")
+    text = text.replace("<registry>", "registry.example.org").replace("<digest>", "0" * 64)
+    (tmp_path / "kustomization.yaml").write_text(text.replace("<address>", "10.20.30.40"))
+    objects = build(tmp_path)
+    assert broken(objects) == {}
+    assert "10.0.0.0/8" not in str(find(objects, "NetworkPolicy", "autoscaler"))
+    assert {container["image"] for pod in pods(objects) if pod.ours for container in pod.containers} == {
+        f"registry.example.org/onepass-saliency@sha256:{'0' * 64}"
+    }
