@@ -4,7 +4,8 @@ undisturbed one.
     python -m tests.benchmarks.scoring_exactness --engine ENGINE --images DIR [--rows 20000] [--kills 20] [--out result.json]
 
 The images of DIR are linked under new names until there are enough; whatever odd files are among them count too.  Equality
-is tested three ways: every input has one row, the output files have the same names, and they hold the same bytes.
+is tested three ways: every input has one row, the output files have the same names, and they hold the same bytes.  Exits 1
+when one of them fails, or when fewer kills happened than were asked for, or none of a driver, a worker or a node.
 Needs 2 CPUs and about 4 GB; takes 10 to 60 minutes with a small engine.
 """
 
@@ -38,7 +39,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     result = run_measured(parser.parse_args(), measure)
-    sys.exit(0 if result["equal_bytes"] and result["one_row_each"] else 1)
+    every_kind = set(result["kills"]) == {"driver", "worker", "node"}
+    enough = sum(result["kills"].values()) >= result["kills_asked"] and every_kind
+    sys.exit(0 if enough and result["equal_names"] and result["equal_bytes"] and result["one_row_each"] else 1)
 
 
 def measure(flags: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -60,6 +63,7 @@ def measure(flags: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "equal_bytes": whole == out,
         "shards": len(out),
         "kills": dict(kills),
+        "kills_asked": flags.kills,
         "starts": starts,
         "seconds_undisturbed": round(undisturbed, 1),
         "seconds_disturbed": round(time.time() - started - undisturbed, 1),

@@ -39,6 +39,17 @@ def test_any_shape_equals_the_reference_but_for_rounding(shape, geometry, size):
     assert difference.max() <= 2 and difference.mean() < 0.25
 
 
+@pytest.mark.parametrize("shape", [*SHAPES, (530, 220), (300, 230), (500, 100), (2000, 1500)])
+def test_a_squashed_picture_is_pillow_s_rows_first(shape):
+    """Each of the two steps has one pass only, so no release of Pillow can choose another order."""
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    rows = Image.fromarray(image).resize((224, shape[0]), Image.Resampling.BILINEAR)
+    wanted = np.asarray(rows.resize((224, 224), Image.Resampling.BILINEAR))
+    difference = np.abs(fit(image, 224, "squash")[0].astype(int) - wanted)
+    enlarged = min(shape) < 224
+    assert difference.max() <= 1 and difference.mean() < (0.03 if enlarged else 0.01)
+
+
 def test_photographs_are_as_near_to_the_exact_sums_as_pillow_s(shared_dir):
     ours, pillows, apart = [], [], []
     for path in sorted((shared_dir / "data" / "sample_images").glob("*.JPEG")):
