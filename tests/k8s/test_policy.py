@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
-from tests.k8s._manifests import Object, clusters, find, mixed
+from tests.k8s._manifests import Object, clusters, find, mixed, pods
 from tests.k8s._mutations import MUTATIONS, caught_by
 from tests.k8s._policy import RULES, broken
 
@@ -40,3 +41,19 @@ def test_components_keep_the_rules_when_mixed(tmp_path: Path) -> None:
 
 def test_components_keep_the_rules_without_gpus(tmp_path: Path) -> None:
     assert broken(mixed(tmp_path, "local", "s3-keys", "monitoring")) == {}
+
+
+def test_ray_knows_the_settings_of_its_pods(overlays: dict[str, list[Object]]) -> None:
+    """Ray ignores an environment variable that it does not know."""
+    from ray._private import ray_constants
+
+    read = set(re.findall(r'"(RAY_\w+)"', Path(ray_constants.__file__).read_text()))
+    named = {
+        env["name"]
+        for objects in overlays.values()
+        for pod in pods(objects)
+        for container in pod.containers
+        for env in container.get("env", [])
+        if env["name"].startswith("RAY_")
+    }
+    assert named and named <= read
