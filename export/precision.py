@@ -11,6 +11,7 @@ whose weights amplify rounding.
 
 from __future__ import annotations
 
+import argparse
 import shlex
 import sys
 from collections.abc import Callable, Collection, Sequence
@@ -262,6 +263,7 @@ def use_modelopt(quantiser: Quantiser) -> bool:
 def parser() -> Parser:
     """The command's flags."""
     flags = Parser("export.precision", __doc__ or "")
+    flags.formatter_class = argparse.RawDescriptionHelpFormatter  # the names stand in a table
     source = flags.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", metavar="BUNDLE", help="the bundle to export")
     source.add_argument("--onnx", metavar="FILE", help="a float32 graph of export.onnx, instead of a bundle")

@@ -47,7 +47,7 @@ def test_a_squashed_picture_is_pillow_s_rows_first(shape):
     wanted = np.asarray(rows.resize((224, 224), Image.Resampling.BILINEAR))
     difference = np.abs(fit(image, 224, "squash")[0].astype(int) - wanted)
     enlarged = min(shape) < 224
-    assert difference.max() <= 1 and difference.mean() < (0.03 if enlarged else 0.01)
+    assert difference.max() <= (2 if enlarged else 1) and difference.mean() < (0.1 if enlarged else 0.01)
 
 
 def test_photographs_are_as_near_to_the_exact_sums_as_pillow_s(shared_dir):
