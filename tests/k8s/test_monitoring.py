@@ -52,6 +52,9 @@ def test_metrics_exist(overlays: dict[str, list[Object]]) -> None:
         known |= {family.name + suffix for suffix in suffixes}
     source = "".join(path.read_text() for path in (REPOSITORY / "serving").glob("*.py"))
     known |= {f"ray_{name}_total" for name in re.findall(r'Counter\(\s*"(onepass_\w+)"', source)}
+    prefix = re.search(r'Gauge\(f"(onepass_\w+)\{name\}"', source)
+    assert prefix
+    known |= {f"ray_{prefix[1]}{name}" for name in re.findall(r'gauge\("(\w+)"', source)}
     import ray
 
     package = REPOSITORY / next(iter(ray.__path__))
@@ -137,3 +140,16 @@ def test_alerts_fire_when_they_should(overlays: dict[str, list[Object]], tmp_pat
         [promtool, "test", "rules", "alerts.yaml"], cwd=tmp_path, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_panels_do_not_overlap(overlays: dict[str, list[Object]]) -> None:
+    board = json.loads(find(overlays["gpu"], "ConfigMap", "onepass-dashboard")["data"]["onepass.json"])
+    cells = [
+        (x, y)
+        for place in (panel["gridPos"] for panel in board["panels"])
+        for x in range(place["x"], place["x"] + place["w"])
+        for y in range(place["y"], place["y"] + place["h"])
+    ]
+    assert len(set(cells)) == len(cells)
+    ids = [panel["id"] for panel in board["panels"]]
+    assert len(set(ids)) == len(ids)
