@@ -9,10 +9,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from ray import serve
-
 from pipeline.errors import UsageError
 from serving.config import LiveConfig, ServiceConfig
+from serving.gathering import Gathering
 from serving.metrics import Metrics
 from serving.predictor import Picture, Predictor
 
@@ -27,12 +26,7 @@ class Model:
         self.predictor = Predictor(
             engine, provider=config.provider, threads=config.cpus, max_pixels=config.max_pixels, metrics=metrics
         )
-
-        async def together(pictures: list[Picture]) -> list[Any]:
-            return await self.predictor.infer(pictures)
-
-        # Decorated here and not as a method: Serve keeps one queue for each decorated function, and models do not mix.
-        self._together: Any = serve.batch(max_batch_size=1, batch_wait_timeout_s=0.0)(together)
+        self._together = Gathering(self.predictor.infer)
         self._set(config)
         self.predictor.warm_up(1)
         self.predictor.warm_up(config.batch_size)
@@ -46,8 +40,8 @@ class Model:
         self._set(live)
 
     def _set(self, live: LiveConfig) -> None:
-        self._together.set_max_batch_size(live.batch_size)
-        self._together.set_batch_wait_timeout_s(live.batch_wait_ms / 1000)
+        self._together.batch_size = live.batch_size
+        self._together.wait_s = live.batch_wait_ms / 1000
 
     async def infer(self, picture: Picture) -> Any:
         """(logits, mask) of a picture, in whatever batch it gets into."""

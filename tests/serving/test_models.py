@@ -127,9 +127,9 @@ def test_a_new_batch_size_is_tried_before_it_is_used(bundle: Path, monkeypatch: 
         assert sizes == [1, 2]
         await model.configure(config.model_copy(update={"batch_size": 4}))
         assert sizes == [1, 2, 4]
-        assert model._together._get_max_batch_size() == 4
+        assert model._together.batch_size == 4
         await model.configure(config.model_copy(update={"batch_size": 4, "batch_wait_ms": 20.0}))
         assert sizes == [1, 2, 4]
-        assert model._together._get_batch_wait_timeout_s() == pytest.approx(0.02)
+        assert model._together.wait_s == pytest.approx(0.02)
 
     asyncio.run(live())
