@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pipeline.errors import UsageError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
@@ -27,6 +29,22 @@ def room(found: Sequence[Machine], cpus: int, *, gpu: bool) -> int:
     return sum(min(machine.cpus // cpus, machine.gpus) if gpu else machine.cpus // cpus for machine in found)
 
 
+def place(found: Sequence[Machine], workers: tuple[int, int], *, gpu: bool, cpus: int | None = None) -> int:
+    """The CPUs of each of ``workers`` (fewest, most): ``cpus`` where that is given, else what `cpus_per_worker` says.
+
+    Raises:
+        UsageError: the fewest workers do not fit.
+    """
+    least, most = workers
+    each = cpus_per_worker(found, most, gpu=gpu) if cpus is None else cpus
+    if room(found, cpus or 1, gpu=gpu) < least:
+        has = f"{sum(machine.cpus for machine in found)} CPUs"
+        has += f" and {sum(machine.gpus for machine in found)} GPUs" if gpu else ""
+        needs = "one" if cpus is None else f"{cpus} on one machine"
+        raise UsageError(f"--workers {least}: the cluster has {has}, each worker needs {needs}; ask for fewer workers")
+    return each
+
+
 def cpus_per_worker(found: Sequence[Machine], workers: int, *, gpu: bool) -> int:
     """The most CPUs of a worker with which ``workers`` fit, or as many of them as there is room for at all.
 
@@ -34,7 +52,6 @@ def cpus_per_worker(found: Sequence[Machine], workers: int, *, gpu: bool) -> int
     Ray would wait for such a machine for ever.
     """
     largest = max((machine.cpus for machine in found), default=1)
-    workers = max(
-        1, min(workers, room(found, 1, gpu=gpu))
-    )  # an elastic run may begin before all its machines are there
+    # An elastic run may begin before all its machines are there.
+    workers = max(1, min(workers, room(found, 1, gpu=gpu)))
     return next((cpus for cpus in range(largest, 0, -1) if room(found, cpus, gpu=gpu) >= workers), 1)

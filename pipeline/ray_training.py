@@ -31,7 +31,7 @@ from pipeline.bundle import SAMPLES_FILE
 from pipeline.checkpoint_index import mend_index
 from pipeline.data import store
 from pipeline.errors import UsageError, WorkError
-from pipeline.placement import cpus_per_worker, machines, room
+from pipeline.placement import machines, place
 from pipeline.training import TrainingPlan, complete_bundle
 from pipeline.validation import LEAST, LOWER_IS_BETTER, SCORE, collect, record_of, validate
 
@@ -149,11 +149,13 @@ def fit(
     out: str,
     workers: int | tuple[int, int],
     gpu: str,
+    cpus_per_worker: int | None = None,
     validation_images: int = 500,
     select: str | None = None,
 ) -> str:
     """Train ``plan`` in the run folder ``out`` (a path or URI); returns where the bundle is.
 
+    ``cpus_per_worker``: CPUs of each; none: as many as let all workers fit on the machines that are there now.
     ``validation_images``: pictures of ``val`` for each validation.  ``select``: the figure by which the bundle is
     chosen among the validated checkpoints; none: the last one.
 
@@ -176,11 +178,7 @@ def fit(
     use_gpu = gpu == "yes" or (gpu == "auto" and resources.get("GPU", 0) >= 1)
     most = workers if isinstance(workers, int) else workers[1]
     least = workers if isinstance(workers, int) else workers[0]
-    found = machines()
-    cpus = cpus_per_worker(found, most, gpu=use_gpu)
-    if room(found, 1, gpu=use_gpu) < least:
-        has = f"{resources.get('CPU', 0):.0f} CPUs" + (f" and {resources.get('GPU', 0):.0f} GPUs" if use_gpu else "")
-        raise UsageError(f"--workers {least}: the cluster has {has}, each worker needs one; ask for fewer workers")
+    cpus = place(machines(), (least, most), gpu=use_gpu, cpus=cpus_per_worker)
     fields = asdict(plan) | {"threads": cpus, "run": out}
     spare = int(resources.get("CPU", 1)) - most * cpus
     validation = ValidationConfig(

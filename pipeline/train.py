@@ -113,6 +113,12 @@ def parser() -> Parser:
         "--workers", default="1", metavar="N|MIN:MAX", help="training workers; a range is elastic (default 1)"
     )
     p.add_argument(
+        "--cpus-per-worker",
+        type=int,
+        metavar="N",
+        help="CPUs of each worker (default: as many as let all fit on the machines that are there at the start)",
+    )
+    p.add_argument(
         "--gpu",
         choices=("auto", "yes", "no"),
         default="auto",
@@ -176,6 +182,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from pipeline.planning import plan_training
 
     workers = parse_workers(arguments.workers)
+    if arguments.cpus_per_worker is not None and arguments.cpus_per_worker < 1:
+        raise UsageError(f"--cpus-per-worker {arguments.cpus_per_worker}: a worker needs at least 1")
     plan = plan_training(arguments)
     most = workers if isinstance(workers, int) else workers[1]
     if most > plan.batch_size:
@@ -193,6 +201,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         out=arguments.out,
         workers=workers,
         gpu=arguments.gpu,
+        cpus_per_worker=arguments.cpus_per_worker,
         validation_images=arguments.validation_images,
         select=arguments.select,
     )

@@ -233,7 +233,14 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "all workers fit on two nodes": Mutation(
         "elastic-range",
-        lambda o: [first(o)["resources"][key].update({"nvidia.com/gpu": "4"}) for key in ("requests", "limits")],
+        lambda o: [
+            *(first(o)["resources"][key].update({"nvidia.com/gpu": "4"}) for key in ("requests", "limits")),
+            find(o, "RayJob", "train")["spec"].update(
+                entrypoint=find(o, "RayJob", "train")["spec"]["entrypoint"].replace(
+                    "--cpus-per-worker 8", "--cpus-per-worker 2"
+                )
+            ),
+        ],
     ),
     "engine built without a GPU": Mutation(
         "one-kind-of-gpu",

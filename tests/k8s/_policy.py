@@ -298,16 +298,18 @@ def elastic_range(objects: list[Object]) -> Iterator[str]:
             yield f"{where}: {found} in the program, {fewest}:{most} in the cluster"
         if not cluster.get("enableInTreeAutoscaling") and first["replicas"] != most:
             yield f"{where}: nothing ever adds the other workers"
-        elif "entrypoint" in spec and first["replicas"] < most and _fits(first, first["replicas"], most):
+        elif "entrypoint" in spec and first["replicas"] < most and _fits(first, spec["entrypoint"], most):
             yield f"{where}: all workers fit on the first nodes, so that it never grows"
 
 
-def _fits(group: Object, nodes: int, workers: int) -> bool:
-    """Whether ``nodes`` have room for all training workers, of the size that these get where a run begins."""
+def _fits(group: Object, command: str, workers: int) -> bool:
+    """Whether the first nodes have room for all training workers, of the size that these get where a run begins."""
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
     gpus = int(limits.get("nvidia.com/gpu", 0))
-    found = [Machine(cpus=int(limits["cpu"]), gpus=gpus)] * nodes
-    return room(found, cpus_per_worker(found, workers, gpu=gpus > 0), gpu=gpus > 0) >= workers
+    found = [Machine(cpus=int(limits["cpu"]), gpus=gpus)] * group["replicas"]
+    asked = re.search(r"--cpus-per-worker (\d+)", command)
+    each = int(asked[1]) if asked else cpus_per_worker(found, workers, gpu=gpus > 0)
+    return room(found, each, gpu=gpus > 0) >= workers
 
 
 @rule("gpus-on-workers")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.placement import Machine, cpus_per_worker, room
+from pipeline.errors import UsageError
+from pipeline.placement import Machine, cpus_per_worker, place, room
 
 
 def cluster(*machines: tuple[int, int]) -> list[Machine]:
@@ -28,6 +29,16 @@ def cluster(*machines: tuple[int, int]) -> list[Machine]:
 )
 def test_as_many_as_fit(machines: list[Machine], workers: int, gpu: bool, cpus: int) -> None:
     assert cpus_per_worker(machines, workers, gpu=gpu) == cpus
+
+
+def test_asked_for_cpus_are_taken_or_refused() -> None:
+    two = cluster((8, 0), (8, 0))
+    assert place(two, (2, 8), gpu=False) == 2, "all eight fit on the machines of the start, so no more would come"
+    assert place(two, (2, 8), gpu=False, cpus=8) == 8
+    with pytest.raises(UsageError, match="the cluster has 16 CPUs, each worker needs 8 on one machine"):
+        place(two, (3, 8), gpu=False, cpus=8)
+    with pytest.raises(UsageError, match="the cluster has 16 CPUs and 0 GPUs, each worker needs one"):
+        place(two, (1, 8), gpu=True)
 
 
 def test_room() -> None:
