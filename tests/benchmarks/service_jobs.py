@@ -4,6 +4,9 @@
 
 Copies of the images of DIR (links would lead out of the roots) are scored by a job through the API; the service and its Ray are SIGKILLed while it runs, started
 again on the same roots, and the job goes on by itself.  The rows are compared with those of an undisturbed command.
+
+The exit status is 1 unless every life but the last was killed while the job ran, each life started it exactly once, it ended
+as done, every input has one row, and the files hold the same bytes as those of the command.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from tempfile import TemporaryDirectory
 import httpx
 import pyarrow.parquet as pq
 
+from serving.ledger import Ledger
 from tests.benchmarks.scoring_exactness import link, parts
 from tests.serving.running import start
 
@@ -41,6 +45,7 @@ def main() -> None:
         names = link(flags.images, folder / "in", flags.rows, copy=True)
         os.environ["ONEPASS_ROOTS"] = name
         output, job = folder / "out", ""
+        states: list[str] = []
         for life in range(flags.kills + 1):
             process, address, _ = start(folder, engine=flags.engine)
             await_service(address)
@@ -51,21 +56,25 @@ def main() -> None:
             assert listed == [job], listed
             wanted = len(parts(output)) + 3 if life < flags.kills else None
             state = await_job(address, job, output, wanted)
+            states.append(state["state"])
             print(f"life {life + 1}: {state['state']}, {state['done']} of {state['total']} rows", file=sys.stderr)
             kill_session(process)
+        record = Ledger(str(output)).job(job)
         table = pq.read_table(output)
         command = [sys.executable, "-m", "serving.batch", "--engine", flags.engine, "--input", str(folder / "in")]
         command += ["--output", str(folder / "whole"), "--shard-size", str(flags.shard_size), "--cpus-per-worker", "1"]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | {"RAY_ADDRESS": ""})
         result = {
-            "state": state["state"],
+            "states": states,
+            "starts": record.starts if record is not None else 0,
             "rows": table.num_rows,
             "one_row_each": sorted(table["uri"].to_pylist()) == sorted(names),
             "equal_bytes": parts(output) == parts(folder / "whole"),
             "kills": flags.kills,
         }
         print(json.dumps(result, indent=1))
-        sys.exit(0 if result["one_row_each"] and result["equal_bytes"] else 1)
+        as_meant = states == ["running"] * flags.kills + ["done"] and result["starts"] == flags.kills + 1
+        sys.exit(0 if as_meant and result["one_row_each"] and result["equal_bytes"] else 1)
 
 
 def await_service(address: str) -> None:
@@ -74,8 +83,10 @@ def await_service(address: str) -> None:
         try:
             if httpx.get(f"{address}/healthz", timeout=5).status_code == 200:
                 return
-        except httpx.TransportError:
-            assert time.time() < deadline, "the service did not start"
+            said = "it does not answer as healthy"
+        except httpx.TransportError as error:
+            said = repr(error)
+        assert time.time() < deadline, f"the service did not start: {said}"
         time.sleep(0.5)
 
 

@@ -271,17 +271,21 @@ def deploy(config: dict[str, Any], folder: Path, session: int) -> str:
         "from ray.serve.context import _get_global_client\n"
         "_get_global_client().deploy_apps(ServeDeploySchema.model_validate(json.load(open(sys.argv[1]))), _blocking=True)\n"
     )
-    command = [sys.executable, "-c", code, str(folder / "update.json"), cluster(session)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    address, tokens = cluster(session)
+    command = [sys.executable, "-c", code, str(folder / "update.json"), address]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | tokens)
     return "ok" if done.returncode == 0 else done.stderr[-300:]
 
 
-def cluster(session: int) -> str:
-    """Address of the Ray that the service has started; others may run on this machine."""
+def cluster(session: int) -> tuple[str, dict[str, str]]:
+    """Address of the Ray that the service has started, and the variables that let others in; it is not the only one here."""
     for pid in found(session, "raylet/raylet"):
-        for word in Path(f"/proc/{pid}/cmdline").read_text().split("\0"):
+        process = Path(f"/proc/{pid}")
+        variables = (pair.partition("=") for pair in (process / "environ").read_text().split("\0"))
+        tokens = {name: value for name, _, value in variables if name.startswith("RAY_AUTH")}
+        for word in (process / "cmdline").read_text().split("\0"):
             if word.startswith("--gcs-address="):
-                return word.partition("=")[2]
+                return word.partition("=")[2], tokens
     raise RuntimeError("the service has no Ray; look at its log")
 
 
