@@ -17,7 +17,7 @@ def test_the_flags_of_batch_are_frozen() -> None:
     assert flags == {
         "-h", "--help", "--engine", "--input", "--output", "--batch-size", "--workers", "--cpus-per-worker", "--num-gpus",
         "--decode-cpus", "--autoscale", "--provider", "--shard-size", "--max-pixels", "--column", "--retry-errors",
-        "--overlays", "--dry-run", "--status",
+        "--overlays", "--dry-run", "--status", "--draft", "--stored-plan",
     }  # fmt: skip
 
 
