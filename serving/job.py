@@ -324,7 +324,11 @@ def _score_on_ray(prepared: Prepared, progress: Progress) -> Iterator[dict[str, 
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:500] or type(error).__name__
+    """What a record says of an error: our own words, or the name and the last line of a foreign one, never its trace."""
+    lines = str(error).strip().splitlines() or [""]
+    if isinstance(error, UsageError | WorkError):
+        return " ".join(" ".join(lines).split())[:500]
+    return f"{type(error).__name__}: {lines[-1].strip()}"[:300].removesuffix(": ")
 
 
 def _described(counts: dict[str, int]) -> str:
