@@ -272,6 +272,7 @@ def run_job(
             ledger.begin(prepared.version, prepared.plan)
             ledger.clean()
             watch(progress)
+            latest = time.time()
             for report in (score or _score_on_ray)(prepared, progress) if prepared.pending else ():
                 scored = report["retried"] or report["rows"]
                 progress.first = progress.first or time.time() - report["seconds"]
@@ -280,9 +281,11 @@ def run_job(
                 progress.errors += report["errors"]
                 progress.error_rows += json.loads(report["failures"])
                 del progress.error_rows[SHOWN_ERRORS:]
+                latest = time.time()
                 watch(progress)
                 if cancelled():
                     return beat.end("cancelled")
+            progress.ended = latest
             ledger.settle()
             missing = {shard.key for shard in prepared.plan.shards} - ledger.finished(prepared.version.id)
             if missing and _still_current(ledger, prepared):

@@ -28,9 +28,13 @@ class Progress:
     first: float | None = None
     """When the first worker could begin."""
 
+    ended: float | None = None
+    """When the last shard was finished, once all are."""
+
     @property
     def rate(self) -> float | None:
-        spent = time.time() - (self.first or self.started)
+        """Images per second of the workers: neither the start of the cluster nor its end counts."""
+        spent = (self.ended or time.time()) - (self.first or self.started)
         return self.scored / spent if self.scored and spent > 0 else None
 
     @property

@@ -14,8 +14,8 @@ disturbs all alike; medians count):
 
 `job/loop` has to be at least 0.9 and `job/bound` at least 0.85, where the bound is the slower of `decode` and `engine`; exits
 1 otherwise.  Where decoding and the engine share the cores, no schedule exceeds `1 / (1/decode + 1/engine)`, which is printed
-as `shared_bound`.  `--seconds` makes a measurement of a fast engine as long as one of a slow engine: a job of some seconds
-would show its first and last batches only.
+as `shared_bound`.  `--seconds` makes a measurement of a fast engine as long as one of a slow engine, and shards are as large
+as those of a set of 20,000 images: a short job with small shards would show beginnings and ends only.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--engine", required=True, action="append", type=Path)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--shard-size", type=int, default=512)
     parser.add_argument("--seconds", type=float, default=60, help="about so long is one measurement of an engine")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path)
@@ -139,7 +140,7 @@ def job(engine: Path, names: list[Path], flags: argparse.Namespace) -> dict[str,
         listing.write_text("".join(f"{name.absolute()}\n" for name in names))
         command = [sys.executable, "-m", "serving.batch", "--engine", str(engine), "--input", str(listing)]
         command += ["--output", f"{folder}/out", "--batch-size", str(flags.batch_size)]
-        command += ["--workers", "1", "--cpus-per-worker", str(flags.threads)]
+        command += ["--workers", "1", "--cpus-per-worker", str(flags.threads), "--shard-size", str(flags.shard_size)]
         seconds = timed(
             lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) and None
         )

@@ -14,6 +14,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from pipeline import collective
+from pipeline.allocator import keep_freed_memory
 from pipeline.backbone import choose_taps, create_classifier, pyramid, tap_classifier
 from pipeline.batchnorm import SyncedBatchNorm2d, synchronise
 from pipeline.data.batches import step_indices
@@ -29,6 +30,7 @@ SIZE, CLASSES, IMAGES, BATCH, STEPS = 32, 4, 24, 8, 20
 
 def _train(rank: int, world: int, folder: str) -> None:
     """Twenty joint steps of `ca` in float64 on seeded noise; rank 0 saves the weights."""
+    keep_freed_memory()
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     if world > 1:
@@ -36,9 +38,9 @@ def _train(rank: int, world: int, folder: str) -> None:
         store = dist.FileStore(f"{folder}/store{world}", world)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     torch.manual_seed(0)
-    classifier = create_classifier("torchvision", "resnet18", outputs=CLASSES, arguments={})
-    maps = pyramid("torchvision", classifier, SIZE)
-    backbone = tap_classifier("torchvision", classifier, choose_taps(maps, (1, 2)), last_map=maps[-1].module)
+    classifier = create_classifier("timm", "resnet10t", outputs=CLASSES, arguments={})
+    maps = pyramid("timm", classifier, SIZE)
+    backbone = tap_classifier("timm", classifier, choose_taps(maps, (1, 2)), last_map=maps[-1].module)
     synchronise(backbone)
     masker = build_masker(MaskerSpec(), backbone, mask_size=8, classes=CLASSES, norm=SyncedBatchNorm2d)
     model = SaliencyModel(backbone=backbone, masker=masker)
