@@ -144,13 +144,17 @@ def fit_workers(
         share = sum(node.cpus for node in usable) // (workers or 1)
         each_cpus = max(1, min(MOST_CPUS_PER_WORKER, max((node.cpus for node in usable), default=0), share))
 
-    def room(found: list[Node]) -> int:
-        by_cpu = [node.cpus // each_cpus for node in found]
+    def room(found: list[Node], size: int) -> int:
+        by_cpu = [node.cpus // size for node in found]
         if each_gpus:
             by_cpu = [min(count, int(node.gpus / each_gpus)) for count, node in zip(by_cpu, found, strict=True)]
         return sum(by_cpu)
 
-    most = room(all_left)
+    if cpus is None:
+        # A worker lives on one node: its share of all CPUs may be more than nodes have to give.
+        sizes = range(each_cpus, 0, -1)
+        each_cpus = next((size for size in sizes if room(all_left, size) >= (workers or 1)), each_cpus)
+    most = room(all_left, each_cpus)
     all_cpus, all_gpus = sum(node.cpus for node in all_of), sum(node.gpus for node in all_of)
     wanted = f"{each_cpus} CPUs" + (f" and {each_gpus:g} GPUs" if each_gpus else "")
     have = f"the cluster has {all_cpus} CPUs" + (f" and {all_gpus:g} GPUs" if each_gpus else "")
@@ -160,7 +164,9 @@ def fit_workers(
         raise UsageError(f"no worker of {wanted} fits: {have}; lower --cpus-per-worker, --num-gpus or --decode-cpus")
     if workers is not None and workers > most:
         raise UsageError(f"{workers} workers of {wanted} do not fit: {have}, room for {most}; lower --workers")
-    return Workers(count=max(1, min(workers or room(free_left) or most, shards)), cpus=each_cpus, gpus=each_gpus)
+    return Workers(
+        count=max(1, min(workers or room(free_left, each_cpus) or most, shards)), cpus=each_cpus, gpus=each_gpus
+    )
 
 
 def _place_decoders(nodes: list[Node], count: int, *, beside_gpus: bool) -> list[int]:

@@ -51,7 +51,7 @@ class ShardWorker:
         shard = read_shard(self.plan, row["file"], row["group"])
         decoded = batch.column("decoded")[0].as_buffer() if "decoded" in batch.column_names else None
         report = self.scorer.score(shard, retry_errors=self.retry_errors, decoded=decoded)
-        right = (report.retried or report.rows) - report.errors
+        right = report.scored - report.errors
         if right:
             self.images.inc(right, tags={"status": "ok"})
         if report.errors:

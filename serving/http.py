@@ -223,7 +223,15 @@ async def score_all(
         service.metrics.images.inc()
         return picture, row
 
-    return list(await asyncio.gather(*map(one, images)))
+    tasks = [asyncio.create_task(one(data)) for data in images]
+    try:
+        return list(await asyncio.gather(*tasks))
+    except BaseException:
+        # The others end before the request gives back its places and its model.
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
 
 
 def wants_picture(accept: str) -> bool:

@@ -85,6 +85,8 @@ class Prepared:
     done_errors: int
     done_with_errors: list[str]
     """Keys of the finished shards that hold these."""
+    kept: dict[str, int]
+    """Of the finished shards that are scored again, by key: the rows that count as done already."""
     changed: bool = False
     """Whether the output holds another version, which would be put aside."""
 
@@ -144,6 +146,7 @@ def prepare(request: BatchRequest, *, dry: bool = False) -> Prepared:
         done_rows=sum(rows for rows, _ in counts.values()) - sum(counts[key][1] for key in retry),
         done_errors=sum(errors for _, errors in kept.values()),
         done_with_errors=[key for key, (_, errors) in kept.items() if errors],
+        kept={key: counts[key][0] - counts[key][1] for key in retry},
         changed=known is not None and known[0].id != version.id,
     )
 
@@ -158,7 +161,7 @@ def _planned(
     )
     version = _version(request, inputs.place, size)
     ledger.check(version)
-    shards = cut(entries, version=version.id, shard_size=size, column=request.column)
+    shards = cut(entries, version=version.id, shard_size=size, column=request.column, roots=request.roots)
     with TemporaryDirectory() as passing:
         plan = write_plan(
             shards,
@@ -181,7 +184,7 @@ def _stored(
         raise UsageError(f"--stored-plan: {request.output} has no plan yet; leave the flag out")
     size = known[0].settings["shard_size"]
     version = _version(request, store.place_of(request.input), size)
-    if version.id != known[0].id or request.shard_size not in (None, size):
+    if version.id != known[0].id or version.input != known[0].input or request.shard_size not in (None, size):
         raise UsageError(
             f"--stored-plan: {request.output} was begun with another engine, input or setting; leave the flag out"
         )
@@ -251,7 +254,6 @@ def run_job(
         total=prepared.plan.rows,
         done=prepared.done_rows,
         errors=prepared.done_errors,
-        error_rows=list(itertools.islice(_earlier_errors(prepared), SHOWN_ERRORS)),
     )
     job = job or JobRecord(id=new_job_id(), state="queued", request=asdict(prepared.request))
     job = replace(
@@ -271,13 +273,13 @@ def run_job(
             ledger.check(prepared.version, but=job.id)
             ledger.begin(prepared.version, prepared.plan)
             ledger.clean()
+            progress.error_rows = list(itertools.islice(_earlier_errors(prepared), SHOWN_ERRORS))
             watch(progress)
             latest = time.time()
             for report in (score or _score_on_ray)(prepared, progress) if prepared.pending else ():
-                scored = report["retried"] or report["rows"]
                 progress.first = progress.first or time.time() - report["seconds"]
-                progress.done += scored
-                progress.scored += scored
+                progress.done += report["rows"] - prepared.kept.get(report["key"], 0)
+                progress.scored += report["scored"]
                 progress.errors += report["errors"]
                 progress.error_rows += json.loads(report["failures"])
                 del progress.error_rows[SHOWN_ERRORS:]

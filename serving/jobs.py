@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Collection, Coroutine, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -85,6 +85,8 @@ class JobManager:
         self._metrics: dict[str, tuple[float, Snapshot]] = {}
         self._lock = asyncio.Lock()
         self._complaints: dict[str, str] = {}
+        self._settled: set[str] = set()
+        """Jobs that had ended when they were last looked at, which only `_submit` begins again."""
         self._loop = asyncio.get_running_loop().create_task(self._keep_going())
 
     async def submit(self, request: dict[str, Any], key: str | None) -> dict[str, Any]:
@@ -109,7 +111,7 @@ class JobManager:
             raise JobConflict("the idempotency key belongs to another request")
         if known is not None and known.state not in ("cancelled", "failed"):
             return known
-        unended = [record for record in self._records() if record.state not in ENDED]
+        unended = [record for record in self._records(but=self._settled) if record.state not in ENDED]
         for record in unended:
             if record.request["output"] == asked["output"]:
                 if key or not _same(record, asked):
@@ -123,6 +125,7 @@ class JobManager:
             fresh = replace(fresh, total=known.total, done=known.done, errors=known.errors, error_rows=known.error_rows)
         record = Ledger(asked["output"]).write_job(fresh)
         self._point(name, asked["output"])
+        self._settled.discard(name)
         return record
 
     def _understood(self, request: JobRequest) -> dict[str, Any]:
@@ -213,7 +216,8 @@ class JobManager:
         room = self.most_running - len(self.running)
         if room <= 0:
             return
-        records = await asyncio.to_thread(lambda: list(self._records()))
+        records = await asyncio.to_thread(lambda: list(self._records(but=self._settled)))
+        self._settled |= {record.id for record in records if record.state in ENDED}
         for record in sorted(records, key=lambda r: (r.queued, r.id)):
             if room and record.id not in self.running and record.state not in ENDED and not record.alive:
                 try:
@@ -270,10 +274,12 @@ class JobManager:
             record = replace(record, state="cancelled", seconds_left=None)
         return record
 
-    def _records(self) -> Iterator[JobRecord]:
-        """All jobs whose records can be read."""
+    def _records(self, *, but: Collection[str] = ()) -> Iterator[JobRecord]:
+        """All jobs whose records can be read, without those in ``but``, which are not even asked for."""
         for entry in store.list_folder(self.index):
             name = store.name_of(entry.place).removesuffix(".json")
+            if name in but:
+                continue
             try:
                 record = self._record(name)
             except Exception as error:  # whatever is wrong with one job, the others go on

@@ -120,7 +120,9 @@ class Models:
         """Take over live settings."""
         self._config = config
         await self.default.configure(config)
-        for entry in list(self._entries.values()):
+        for name, entry in list(self._entries.items()):
+            if self._entries.get(name) is not entry:
+                continue  # closed while another one was configured
             async with entry.used():
                 if entry.model is not None:
                     await entry.model.configure(config)

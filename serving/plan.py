@@ -13,9 +13,10 @@ import io
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ from pipeline.data.images import image_columns, no_column, reading
 from pipeline.data.store import Entry
 from pipeline.errors import UsageError
 from serving.inputs import Kind
+from serving.roots import within
 
 SMALLEST_SHARD = 32
 LARGEST_SHARD = 2048
@@ -110,12 +112,18 @@ def choose_shard_size(images: int) -> int:
 
 
 def cut(
-    entries: Iterable[tuple[Kind, Entry]], *, version: str, shard_size: int, column: str | None = None
+    entries: Iterable[tuple[Kind, Entry]],
+    *,
+    version: str,
+    shard_size: int,
+    column: str | None = None,
+    roots: Sequence[str] = (),
 ) -> Iterator[Shard]:
     """Cut a listing into shards of about ``shard_size`` inputs, at most twice as many; memory is that of one shard.
 
     Parquet is cut by rows, at the ends of row groups where it can be, and its footers are read; a tar file is one shard.
-    ``column``: the one that will be read of Parquet, when it shall not be guessed.
+    ``column``: the one that will be read of Parquet, when it shall not be guessed.  ``roots``: with any, files outside them,
+    to which a link may lead, are not opened.
 
     Raises:
         UsageError: the first Parquet file has no column to read.
@@ -142,7 +150,7 @@ def cut(
                 for e in found
             )
         else:
-            shards = _parquet_shards(found, version, shard_size, column)
+            shards = _parquet_shards(found, version, shard_size, column, roots)
         yield from map(once, shards)
 
 
@@ -185,11 +193,13 @@ def _image_shard(part: list[Entry], version: str) -> Shard:
     )
 
 
-def _parquet_shards(entries: Iterable[Entry], version: str, shard_size: int, column: str | None) -> Iterator[Shard]:
+def _parquet_shards(
+    entries: Iterable[Entry], version: str, shard_size: int, column: str | None, roots: Sequence[str]
+) -> Iterator[Shard]:
     known = False
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
         for batch in _batched(entries, 8 * FOOTER_THREADS):
-            for entry, footer in zip(batch, pool.map(_footer, batch), strict=True):
+            for entry, footer in zip(batch, pool.map(partial(_footer, roots=roots), batch), strict=True):
                 if footer is not None and not known:
                     known = True
                     schema = footer.schema.to_arrow_schema()
@@ -211,12 +221,14 @@ def _parquet_shards(entries: Iterable[Entry], version: str, shard_size: int, col
                     )
 
 
-def _footer(entry: Entry) -> pq.FileMetaData | None:
-    """The footer of a Parquet file; None when the file cannot be read, or is none."""
+def _footer(entry: Entry, roots: Sequence[str]) -> pq.FileMetaData | None:
+    """The footer of a Parquet file; None when the file cannot or must not be read, or is none."""
+    if roots and not within(entry.place, roots):
+        return None
     try:
         with store.open_file(entry.place) as file, reading(entry.place):
             return pq.ParquetFile(file).metadata
-    except (pa.ArrowException, store.ReadError, OSError):
+    except (pa.ArrowException, store.ReadError, OSError, UnicodeDecodeError):
         return None
 
 

@@ -25,7 +25,7 @@ from serving.decoder import Decoded, Decoder, DecoderConfig, unpack
 from serving.ledger import Ledger
 from serving.plan import Shard
 from serving.rows import SCHEMA, Seen, failed_row, scored_row
-from serving.sources import Source
+from serving.sources import Source, printable
 
 SHOWN_FAILURES = 20
 """Error rows that a report holds."""
@@ -76,8 +76,8 @@ class ShardReport:
     key: str
     rows: int
     errors: int
-    retried: int
-    """Rows with an error that were tried again."""
+    scored: int
+    """Rows of these that were made now; the others come from an earlier run."""
     seconds: float
     infer_seconds: float
     failures: str
@@ -88,7 +88,7 @@ class ShardReport:
 
 def refused(why: str) -> ShardReport:
     """What a worker answers that could not open its engine."""
-    return ShardReport(key="", rows=0, errors=0, retried=0, seconds=0.0, infer_seconds=0.0, failures="[]", refusal=why)
+    return ShardReport(key="", rows=0, errors=0, scored=0, seconds=0.0, infer_seconds=0.0, failures="[]", refusal=why)
 
 
 class ShardScorer:
@@ -120,6 +120,11 @@ class ShardScorer:
         earlier = _read_rows(place) if retry_errors else None
         if earlier is not None:
             failed = {number for number, row in enumerate(earlier) if row["status"] == "error"}
+            if shard.kind == "tar" and any(earlier[number]["uri"] == printable(shard.source) for number in failed):
+                earlier = (
+                    None  # the archive itself could not be read to its end: nobody knows how many images there are
+                )
+        if earlier is not None:
             images = self.decoder.shard(shard, wanted=failed.__contains__, careful=careful)
         elif decoded is not None:
             images = unpack(decoded, size=self.decoder.config.size)
@@ -138,7 +143,7 @@ class ShardScorer:
             key=shard.key,
             rows=len(rows),
             errors=len(failures),
-            retried=len(scored) if earlier is not None else 0,
+            scored=len(scored),
             seconds=time.perf_counter() - started,
             infer_seconds=infer_seconds,
             failures=json.dumps(failures[:SHOWN_FAILURES]),

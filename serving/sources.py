@@ -38,7 +38,8 @@ def sources(shard: Shard, *, column: str | None = None, roots: Sequence[str] = (
     list or a link may name, are not read.
     """
     if roots and shard.source and not within(shard.source, roots):
-        yield Source(shard.source, _given(None, OUTSIDE))
+        for _ in range(max(1, shard.last - shard.first)):
+            yield Source(shard.source, _given(None, OUTSIDE))
     elif shard.kind == "image":
         yield from (Source(uri, _reader(uri, roots)) for uri in shard.uris)
     elif shard.kind == "tar":
@@ -134,7 +135,7 @@ def _parquet_rows(file: pq.ParquetFile, shard: Shard, column: str | None, roots:
             for record in _records(file, group, columns, row - start, last - start):
                 yield _parquet_source(record, content, name, shard.source, row, roots)
                 row += 1
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
             why = " ".join(str(error).split())[:200]

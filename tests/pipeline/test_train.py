@@ -48,7 +48,8 @@ def test_the_flags_are_frozen() -> None:
     assert flags == {
         "-h", "--help", "--preset", "--data", "--out", "--init", "--init-arg", "--weights", "--mean", "--std",
         "--batchnorm", "--class-map", "--class-names", "--per-class", "--image-size", "--geometry", "--layers",
-        "--size-target", "--set", "--fill", "--batch-size", "--epochs", "--steps", "--budget", "--workers", "--gpu", "--precision",
+        "--size-target", "--set", "--fill", "--batch-size", "--epochs", "--steps", "--budget", "--workers", "--cpus-per-worker", "--gpu",
+        "--precision",
         "--checkpoint-every", "--seed", "--recipe", "--dry-run",
         "--validate-every", "--validation-images", "--select",
     }  # fmt: skip

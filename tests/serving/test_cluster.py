@@ -29,6 +29,7 @@ def fit(nodes: list[Node], free: list[Node] | None = None, **asked) -> Workers:
         (MIXED, MIXED, {}, Workers(count=4, cpus=4, gpus=1)),
         (MIXED, MIXED, {"gpus": 0}, Workers(count=12, cpus=4, gpus=0)),
         (MIXED, MIXED, {"gpus": 0.5, "cpus": 2}, Workers(count=8, cpus=2, gpus=0.5)),
+        ([Node(cpus=3, gpus=0)] * 2, [Node(cpus=3, gpus=0)] * 2, {"workers": 3}, Workers(count=3, cpus=1, gpus=0)),
         # Those who decode go where there is no GPU, and to the others only when that is full.
         (MIXED, MIXED, {"cpus": 4, "reserved": 32}, Workers(count=4, cpus=4, gpus=1)),
         (

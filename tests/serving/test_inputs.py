@@ -166,6 +166,27 @@ def test_damage_in_parquet_costs_its_row_group_and_no_row(tmp_path: Path) -> Non
     assert "row group 1 is damaged" in str(found[30][1])
 
 
+def test_names_in_parquet_that_are_no_text_cost_their_row_group(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    name = pa.array([b"a", b"\xff\xfe", b"c"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"image": [b"1", b"2", b"3"], "path": name}), path, row_group_size=2)
+    found = read_all(path)
+    assert len(found) == 3 and found[2] == ("c", b"3")
+    assert all("row group 0 is damaged" in str(content) for _, content in found[:2])
+
+
+def test_a_link_out_of_the_roots_is_one_row_and_not_opened(tmp_path: Path) -> None:
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    pq.write_table(pa.table({"secret": [1, 2, 3]}), tmp_path / "x.parquet")
+    (inside / "link.parquet").symlink_to(tmp_path / "x.parquet")
+    (shard,) = cut(open_inputs(str(inside)).entries(), version="v", shard_size=10, roots=[str(inside)])
+    (source,) = sources(shard, roots=[str(inside)])
+    assert shard.rows == 1
+    with pytest.raises(ImageError, match="outside the roots"):
+        source.read()
+
+
 def test_parquet_that_changes_after_planning_keeps_its_rows(tmp_path: Path) -> None:
     path = tmp_path / "x.parquet"
     pq.write_table(pa.table({"image": [b"1"] * 20}), path)

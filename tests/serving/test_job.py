@@ -18,7 +18,7 @@ import pytest
 from pipeline.errors import UsageError
 from serving import batch, codec
 from serving.job import BatchRequest, prepare, run_job
-from serving.ledger import JobRecord
+from serving.ledger import JobRecord, Ledger
 from tests.serving.reading import read_parts, read_scores
 
 Score = Callable[..., pa.Table]
@@ -82,6 +82,40 @@ def test_failed_rows_can_be_tried_again(
     after = score_here(bundle, source, tmp_path / "out", retry_errors=True).to_pylist()
     assert [row["status"] for row in after] == ["ok", "ok", "ok", "error"]
     assert [after[k] for k in (0, 2, 3)] == [before[k] for k in (0, 2, 3)]
+
+
+def test_errors_of_a_version_come_back_with_it(
+    bundle: Path, other_bundle: Path, jpeg: Callable[..., bytes], score_here: Score, tmp_path: Path
+) -> None:
+    source, output = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    (source / "0.jpg").write_bytes(jpeg(0))
+    (source / "1.jpg").write_bytes(b"never an image")
+    first = score_here(bundle, source, output)
+    score_here(other_bundle, source, output)
+    assert score_here(bundle, source, output, expected=0).equals(first)
+    errors = [[row["uri"] for row in job.error_rows] for job in Ledger(str(output)).jobs()]
+    assert errors == [[f"{source}/1.jpg"]] * 3
+
+
+def test_an_archive_that_can_be_read_again_is_scored_again(
+    bundle: Path, images: Path, score_here: Score, tmp_path: Path
+) -> None:
+    archive, output = tmp_path / "x.tar", tmp_path / "out"
+    with tarfile.open(archive, "w") as file:
+        for name in ("00001.jpg", "00002.jpg", "00003.jpg"):
+            file.add(images / name, name)
+    good, stamp = archive.read_bytes(), archive.stat().st_mtime_ns
+    for content in (good[:700] + bytes(len(good) - 700), good):
+        archive.write_bytes(content)
+        os.utime(archive, ns=(stamp, stamp))
+        if content != good:
+            before = score_here(bundle, archive, output).to_pylist()
+    assert [row["status"] for row in before][-1] == "error" and len(before) < 4
+    after = score_here(bundle, archive, output, retry_errors=True)
+    assert after["status"].to_pylist() == ["ok"] * 3
+    record = Ledger(str(output)).jobs()[-1]
+    assert (record.done, record.total, record.errors) == (3, 3, 0)
 
 
 def test_the_stored_plan_goes_on_without_a_look_at_the_input(
