@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow.fs
 import ray
 
+from pipeline.snapshots import FOLDER, file_name
 from pipeline.validation import LEAST, SCORE
 
 INDEX_FILE = "checkpoint_manager_snapshot.json"
@@ -45,7 +46,7 @@ def mend_index(filesystem: pyarrow.fs.FileSystem, folder: str) -> str | None:
     except (ValueError, KeyError, TypeError):
         trouble = "was torn" if exists else "was not there"
     for name in sorted(there, reverse=True):
-        step = whole_step(filesystem, f"{folder}/{name}")
+        step = whole_step(filesystem, folder, name)
         if step is not None:
             with filesystem.open_output_stream(path) as stream:
                 stream.write(json.dumps(_index_of(name, step)).encode())
@@ -55,8 +56,9 @@ def mend_index(filesystem: pyarrow.fs.FileSystem, folder: str) -> str | None:
     return f"{path} {trouble}, and no checkpoint beside it is whole; beginning anew"
 
 
-def whole_step(filesystem: pyarrow.fs.FileSystem, checkpoint: str) -> int | None:
-    """The step of a checkpoint all of whose files can be read; none for one that was cut off while it was copied."""
+def whole_step(filesystem: pyarrow.fs.FileSystem, folder: str, name: str) -> int | None:
+    """The step of a checkpoint all of whose files can be read; none for one that was cut off while it was copied, or whose
+    snapshots of the classifier, which lie beside ``folder``, are gone."""
     import torch
 
     from pipeline.bundle import load_bundle
@@ -64,12 +66,16 @@ def whole_step(filesystem: pyarrow.fs.FileSystem, checkpoint: str) -> int | None
 
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            pyarrow.fs.copy_files(checkpoint, scratch, source_filesystem=filesystem)
+            pyarrow.fs.copy_files(f"{folder}/{name}", scratch, source_filesystem=filesystem)
             state = torch.load(Path(scratch) / "state.pt", map_location="cpu", weights_only=True)
             rows = (Path(scratch) / "log.csv").read_text(encoding="utf-8").splitlines()
             if (Path(scratch) / "bundle").is_dir():
                 load_bundle(Path(scratch) / "bundle")
         except (OSError, RuntimeError, ValueError, EOFError, UsageError):
+            return None
+        beside = f"{folder.rpartition('/')[0]}/{FOLDER}"
+        needed = [] if state["population"] else [f"{beside}/{file_name(taken)}" for taken in state["snapshots"]]
+        if any(info.type != pyarrow.fs.FileType.File for info in filesystem.get_file_info(needed)):
             return None
         return int(state["step"]) if len(rows) == int(state["step"]) + 1 else None
 

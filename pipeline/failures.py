@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 
 from torch.distributed import DistError
 
-from pipeline.data import store
+from pipeline.data import folders, store
 from pipeline.errors import UsageError, WorkError
 
 MOST = 3
@@ -76,7 +76,7 @@ def _lasting_words(words: str) -> str:
 def _notes(run: str) -> list[str]:
     folder = store.join(store.place_of(run), FOLDER)
     try:
-        return [entry.place for entry in store.list_folder(folder)]
+        return [entry.place for entry in folders.list_folder(folder)]
     except store.ReadError as error:
         raise WorkError(f"the run's folder {run} cannot be read: {error}; check that it is yours") from error
 

@@ -8,6 +8,7 @@ that asks for anything else without running any of it.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -87,9 +88,27 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} has unknown keys {', '.join(unknown)}; known are {', '.join(CHECKPOINT_KEYS)}")
     if "state_dict_masker" not in checkpoint:
         raise UsageError(f"{path} holds no masker (state_dict_masker or {LEGACY_MASKER_KEY}); give ca.chk or fix.chk")
-    options = checkpoint.get("args", {})
-    checkpoint["args"] = vars(options) if isinstance(options, argparse.Namespace) else dict(options or {})
+    checkpoint["args"] = _plain_options(checkpoint.get("args"), path)
+    if not isinstance(checkpoint.get("epoch"), int | None):
+        raise UsageError(
+            f"{path}: its epoch is a {type(checkpoint['epoch']).__name__} and not a number; download it again"
+        )
     return checkpoint
+
+
+def _plain_options(args: object, path: Path) -> dict[str, Any]:
+    """The run options of a checkpoint, which model.json has to hold."""
+    options = vars(args) if isinstance(args, argparse.Namespace) else {} if args is None else args
+    if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
+        raise UsageError(f"{path}: its args are a {type(args).__name__} and not options by name; download it again")
+    for name, value in options.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise UsageError(
+                f"{path}: option {name} is {value!r:.40}, which is no plain value; download it again"
+            ) from error
+    return dict(options)
 
 
 def from_checkpoint(checkpoint: Mapping[str, Any], *, where: str) -> tuple[SaliencyModel, ModelSpec]:
@@ -98,6 +117,8 @@ def from_checkpoint(checkpoint: Mapping[str, Any], *, where: str) -> tuple[Salie
     Raises:
         UsageError: no classifier, an unknown option value, or a tensor missing, unknown or of another shape.
     """
+    import torch
+
     from pipeline import backbone, published
     from pipeline.masker import default_mask_size
     from pipeline.model import SaliencyModel, build_masker
@@ -106,8 +127,10 @@ def from_checkpoint(checkpoint: Mapping[str, Any], *, where: str) -> tuple[Salie
     state = checkpoint.get("state_dict_classifier")
     if not isinstance(state, Mapping) or "fc.weight" not in state:
         raise UsageError(f"{where} holds no ResNet-50 classifier; name its state dict with --classifier FILE")
-    options = checkpoint["args"]
-    outputs = len(state["fc.weight"])
+    options, head = checkpoint["args"], state["fc.weight"]
+    if not isinstance(head, torch.Tensor) or head.ndim != 2 or not len(head):
+        raise UsageError(f"{where}: state_dict_classifier: fc.weight is no matrix of weights; download it again")
+    outputs = len(head)
     classifier = backbone.create_classifier("torchvision", "resnet50", outputs=outputs, arguments={})
     _load(classifier, state, f"{where}: state_dict_classifier")
     maps = backbone.pyramid("torchvision", classifier, INPUT_SIZE)
@@ -171,6 +194,7 @@ def _read_classifier(path: Path) -> dict[str, Tensor]:
 
 def _load(network: nn.Module, state: Any, what: str) -> None:
     """Load every tensor of ``state``, and nothing else; counters of batches, which old files lack, may be missing."""
+    import torch
     from torch import Tensor
 
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
@@ -182,7 +206,13 @@ def _load(network: nn.Module, state: Any, what: str) -> None:
         if name in own and value.shape != own[name].shape
     ]
     missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
+    unusable = [
+        name
+        for name, value in state.items()
+        if value.layout != torch.strided or value.is_meta or value.is_complex() or not bool(value.isfinite().all())
+    ]
     for trouble, names in (
+        ("has tensors that are no finite numbers", [str(name) for name in unusable]),
         ("has unknown tensors", [str(name) for name in state if name not in own]),
         ("lacks", missing),
         ("has other shapes", misfits),

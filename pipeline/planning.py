@@ -14,6 +14,7 @@ from pipeline.backbone import create_classifier, default_normalisation
 from pipeline.data.annotations import Annotations
 from pipeline.data.decode import ImageError
 from pipeline.data.images import Images
+from pipeline.data.packed import PackedStrings, packed_numbers
 from pipeline.data.splits import Split, read_split
 from pipeline.errors import UsageError
 from pipeline.settings import configure
@@ -70,8 +71,8 @@ def plan_training(arguments: argparse.Namespace) -> TrainingPlan:
     plan = TrainingPlan(
         preset=preset.name,
         data=split.root,
-        paths=tuple(split.paths),
-        labels=tuple(index[label] for label in split.labels),
+        paths=PackedStrings(split.paths),
+        labels=packed_numbers(index[label] for label in split.labels),
         data_classes=tuple(split.classes),
         class_index=tuple(index),
         class_names=tuple(names),

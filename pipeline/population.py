@@ -8,10 +8,10 @@ without a message and a resumed run draws what an undisturbed one would.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 
@@ -46,6 +46,8 @@ class Population:
         self.config = config
         self.seed = seed
         self.snapshots: list[dict[str, Tensor]] = []
+        self.taken: list[int] = []
+        """The step of each snapshot."""
         self._network: nn.Module | None = None
         self._loaded: int | None = None
 
@@ -56,9 +58,10 @@ class Population:
         state = {name: value.detach().cpu().clone() for name, value in classifier.state_dict().items()}
         if len(self.snapshots) < self.config.size:
             self.snapshots.append(state)
+            self.taken.append(step)
         else:
             slot = int(self._random(step, 1).integers(self.config.size))
-            self.snapshots[slot] = state
+            self.snapshots[slot], self.taken[slot] = state, step
             if slot == self._loaded:
                 self._loaded = None
 
@@ -78,13 +81,13 @@ class Population:
             self._loaded = index
         return self._network
 
-    def state(self) -> list[dict[str, Tensor]]:
-        """The snapshots, for a checkpoint."""
-        return self.snapshots
+    def state(self) -> dict[int, dict[str, Tensor]]:
+        """The snapshots by the steps at which they were taken, for a checkpoint; their order counts."""
+        return dict(zip(self.taken, self.snapshots, strict=True))
 
-    def restore(self, snapshots: list[dict[str, Tensor]]) -> None:
+    def restore(self, snapshots: Mapping[int, dict[str, Tensor]]) -> None:
         """Take the snapshots of a checkpoint."""
-        self.snapshots = [{name: torch.as_tensor(value) for name, value in state.items()} for state in snapshots]
+        self.taken, self.snapshots = list(snapshots), list(snapshots.values())
         self._loaded = None
 
     def _random(self, step: int, purpose: int) -> np.random.Generator:

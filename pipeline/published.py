@@ -167,8 +167,19 @@ def published_masker(options: Mapping[str, Any]) -> MaskerSpec:
         if chosen["gumbel_output_mode"] not in ("hard", "soft", "sigmoid", "logits"):
             raise UsageError(f"gumbel_output_mode {chosen['gumbel_output_mode']!r} is not known; expected hard")
         tau = chosen["apply_gumbel_tau"]
-        tau = DEFAULT_OPTIONS["apply_gumbel_tau"] if tau is None else float(tau)
-        concrete = {"mode": chosen["gumbel_output_mode"], "temperature": None if tau == -1 else tau}  # -1: learned
+        try:
+            tau = float(DEFAULT_OPTIONS["apply_gumbel_tau"] if tau is None else tau)
+        except (TypeError, ValueError):
+            tau = 0.0
+        if not (tau > 0 or tau == -1):
+            raise UsageError(
+                f"apply_gumbel_tau {chosen['apply_gumbel_tau']!r} is no temperature; expected a number above 0, or -1"
+            )
+        concrete = {
+            "mode": chosen["gumbel_output_mode"],
+            "temperature": None if tau == -1 else tau,  # -1: learned
+            "shown": "mode",
+        }
     return MaskerSpec(
         target_area=bool(chosen["add_prob_layers"]),
         class_conditional=bool(chosen["add_class_ids"]),

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import logging
 import os
-import shutil
 import tempfile
 import threading
 import time
@@ -17,7 +14,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import pyarrow.fs
 import ray
 import ray.exceptions
 import ray.train
@@ -27,18 +23,16 @@ from ray.train.v2.api.validation_config import ValidationConfig, ValidationTaskC
 
 from pipeline import failures
 from pipeline.board import Board
-from pipeline.bundle import SAMPLES_FILE
 from pipeline.checkpoint_index import mend_index
 from pipeline.data import store
 from pipeline.errors import UsageError, WorkError
 from pipeline.placement import machines, place
-from pipeline.training import TrainingPlan, complete_bundle
+from pipeline.reservation import Reservation
+from pipeline.run_folder import claim_run, open_storage, publish, upload
+from pipeline.training import TrainingPlan
 from pipeline.validation import LEAST, LOWER_IS_BETTER, SCORE, collect, record_of, validate
 
 STORAGE_NAME = "checkpoints"
-PLAN_FILE = "plan.json"
-MAY_CHANGE = ("steps", "budget", "threads", "checkpoint_seconds", "validate_seconds", "validate_steps", "precision")
-"""Fields of a plan that a run may be continued with another value of."""
 PATIENCE = 3600.0
 """Seconds after which a validation without a record counts as failed."""
 LEAVE_SECONDS = 20.0
@@ -55,7 +49,7 @@ class RayReporter:
     """Carries progress and checkpoints of a worker to Ray Train."""
 
     def __init__(self, plan: TrainingPlan, run: str, *, first_course: float, first_step: int) -> None:
-        self.run = run
+        self.run: str | None = run
         self.bar = self.board = None
         self.asked: tuple[int, float] | None = None
         if ray.train.get_context().get_world_rank() == 0:
@@ -88,7 +82,7 @@ class RayReporter:
         """Whether the validation that was asked for last has ended, so that they do not pile up."""
         if self.asked is None or time.monotonic() - self.asked[1] > PATIENCE:
             return True
-        return store.exists(record_of(self.run, self.asked[0]))
+        return store.exists(record_of(str(self.run), self.asked[0]))
 
     def checkpoint(
         self, write: Callable[[Path], None], row: dict[str, Any], *, final: bool, validate: bool = False
@@ -207,6 +201,7 @@ def fit(
             storage_path=root,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=RESTARTS),
+            callbacks=[Reservation(out)],  # pyright: ignore[reportArgumentType]  Ray takes its own kind, too
             checkpoint_config=CheckpointConfig(num_to_keep=2, checkpoint_score_attribute=SCORE if select else None),
         ),
         validation_config=validation,
@@ -237,7 +232,7 @@ def fit(
             raise WorkError(f"the last checkpoint in {out} holds no bundle; run the same command again")
         publish(Path(folder), plan, filesystem, root)
     with result.checkpoint.as_directory() as folder:
-        _upload(Path(folder) / "log.csv", filesystem, f"{root}/log.csv")
+        upload(Path(folder) / "log.csv", filesystem, f"{root}/log.csv")
     collect(out)
     return f"{out.rstrip('/')}/bundle"
 
@@ -325,69 +320,3 @@ def root_cause(error: BaseException) -> str:
         error = inner
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[-1].strip() if lines else ''}"
-
-
-def open_storage(out: str) -> tuple[pyarrow.fs.FileSystem, str]:
-    """The file system of a path or URI, and the path in it."""
-    try:
-        if "://" in out:
-            return pyarrow.fs.FileSystem.from_uri(out)
-        return pyarrow.fs.LocalFileSystem(), str(Path(out).resolve())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--out {out}: {error}; give a folder, or a URI such as s3://bucket/run") from error
-
-
-def claim_run(filesystem: pyarrow.fs.FileSystem, root: str, fields: dict[str, Any]) -> None:
-    """Record the plan in the run's folder; a run that is continued must have the same one.
-
-    Raises:
-        UsageError: the folder belongs to a run with other settings, or cannot be written.
-    """
-    listing = hashlib.sha256(json.dumps([fields["paths"], fields["labels"]]).encode()).hexdigest()
-    kept = {k: v for k, v in fields.items() if k not in ("paths", "labels", *MAY_CHANGE)} | {"listing": listing}
-    mine = json.loads(json.dumps(kept))
-    path = f"{root}/{PLAN_FILE}"
-    try:
-        if filesystem.get_file_info(path).type == pyarrow.fs.FileType.File:
-            with filesystem.open_input_stream(path) as stream:
-                theirs = json.loads(stream.read())
-            changed = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
-            if changed:
-                key = changed[0]
-                raise UsageError(
-                    f"--out {root} holds a run with another {key} ({str(theirs.get(key))[:60]} there, "
-                    f"{str(mine.get(key))[:60]} now); give another --out, or the old settings to go on"
-                )
-            return
-        filesystem.create_dir(root, recursive=True)
-        with filesystem.open_output_stream(path) as stream:
-            stream.write((json.dumps(mine, indent=1) + "\n").encode())
-    except OSError as error:
-        raise UsageError(f"--out {root} cannot be written ({error}); give a writable folder") from error
-
-
-def publish(checkpoint: Path, plan: TrainingPlan, filesystem: pyarrow.fs.FileSystem, root: str) -> None:
-    """Copy the bundle of a checkpoint to where the run's readers expect it, whole."""
-    target = f"{root}/bundle"
-    with tempfile.TemporaryDirectory() as scratch:
-        bundle = Path(scratch) / "bundle"
-        shutil.copytree(checkpoint / "bundle", bundle)
-        if not (bundle / SAMPLES_FILE).is_file():  # one that was validated on the way
-            complete_bundle(bundle, plan)
-        if isinstance(filesystem, pyarrow.fs.LocalFileSystem):
-            partial = Path(f"{root}/.bundle")
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.copytree(bundle, partial)
-            shutil.rmtree(target, ignore_errors=True)
-            partial.replace(target)
-        else:
-            # Object stores have no rename of folders; model.json goes last, and without it a folder is no bundle.
-            filesystem.create_dir(target, recursive=True)
-            for file in sorted(bundle.iterdir(), key=lambda file: file.name == "model.json"):
-                _upload(file, filesystem, f"{target}/{file.name}")
-
-
-def _upload(file: Path, filesystem: pyarrow.fs.FileSystem, target: str) -> None:
-    with filesystem.open_output_stream(target) as stream, file.open("rb") as source:
-        while chunk := source.read(1 << 20):
-            stream.write(chunk)

@@ -11,6 +11,9 @@ from typing import Any, Protocol
 class Reporter(Protocol):
     """What the loop tells the outside."""
 
+    run: str | None
+    """The run's folder or URI, where what many checkpoints share is written once; none: each checkpoint holds all of it."""
+
     def progress(self, row: dict[str, Any]) -> None:
         """Called on every worker after each step."""
         ...
@@ -35,6 +38,8 @@ class Reporter(Protocol):
 
 class FolderReporter:
     """Keeps the newest checkpoint in a folder, whole or not at all, and tells how far the run is."""
+
+    run: str | None = None
 
     def __init__(self, folder: Path, tell: Callable[[dict[str, Any]], None] = lambda row: None) -> None:
         self.folder, self.tell = folder, tell

@@ -58,6 +58,15 @@ class MaskerSpec(_Record):
     upsampling: Literal["nearest", "bilinear"] = "nearest"
     """How the native mask becomes a mask of the input size."""
 
+    @property
+    def binary(self) -> bool:
+        """Whether masks hold only 0 and 1."""
+        from pipeline.concrete import (
+            ConcreteConfig,
+        )  # only here: it needs PyTorch, and whoever reads model.json may not
+
+        return self.concrete is not None and ConcreteConfig(**self.concrete).binary
+
 
 class ModelSpec(_Record):
     """`model.json`, whole."""

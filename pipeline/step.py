@@ -26,6 +26,7 @@ from pipeline.area_price import Price, next_price
 from pipeline.batchnorm import frozen_statistics
 from pipeline.blank import blank_answer, blank_loss, unit_of, wide
 from pipeline.clean_cache import CleanCache
+from pipeline.concrete import ConcreteHead
 from pipeline.fills import Fill, Zero
 from pipeline.first_masks import even_out
 from pipeline.masking import mask_in, mask_out, upsample
@@ -151,6 +152,8 @@ class JointStep:
         """
         drawn = self.population.draw(step) if self.population is not None and phase == "joint" else None
         self._set_rates(phase, course)
+        if isinstance(self.model.masker.final, ConcreteHead):
+            self.model.masker.final.course = course
         if phase == "joint" and self.preset.first_masks == "even" and not self.masker_optimiser.state:
             with self.autocast:
                 even_out(self.model, batch.images, areas=batch.areas, labels=batch.labels)

@@ -90,7 +90,7 @@ def missing(rows: Sequence[Row], seeds: Sequence[int], records: Path, shared: li
     """The cells of the grid without a record, seed by seed, so that every row gets its first seed first.
 
     Raises:
-        UsageError: a record was made with other arguments.
+        UsageError: a record was made with other arguments, or by another definition of its row.
     """
     todo = []
     for seed in seeds:
@@ -99,10 +99,16 @@ def missing(rows: Sequence[Row], seeds: Sequence[int], records: Path, shared: li
             if not path.is_file():
                 todo.append((row, seed))
                 continue
-            theirs = json.loads(path.read_text(encoding="utf-8"))["config"]["arguments"]
-            if theirs != [*shared, *row.arguments]:
+            theirs = json.loads(path.read_text(encoding="utf-8"))["config"]
+            if theirs["arguments"] != [*shared, *row.arguments]:
                 raise UsageError(
-                    f"{path} was made with '{' '.join(theirs)}'; give another --out, or the same arguments to go on"
+                    f"{path} was made with '{' '.join(theirs['arguments'])}'; give another --out, or the same arguments "
+                    "to go on"
+                )
+            if (theirs["preset"], tuple(theirs["settings"])) != (row.preset, row.settings):
+                raise UsageError(
+                    f"{path} was made when the row {row.name} was preset {theirs['preset']} with "
+                    f"{' '.join(theirs['settings']) or 'no setting'}; move it away, or give another --out"
                 )
     return todo
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import platform
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline import collective
-from pipeline.area_price import Price
+from pipeline import checkpoint, collective
 from pipeline.backbone import (
     choose_taps,
     create_classifier,
@@ -39,6 +38,7 @@ from pipeline.objectives import class_weights_of
 from pipeline.population import Population
 from pipeline.reporting import Reporter
 from pipeline.settings import configure, describe
+from pipeline.snapshots import Snapshots
 from pipeline.spec import BackboneSpec, ModelSpec
 from pipeline.step import Batch, JointStep
 from pipeline.validation_schedule import ValidationSchedule
@@ -46,10 +46,6 @@ from pipeline.validation_schedule import ValidationSchedule
 SAMPLES = 256
 NOTICE_SECONDS = 5.0
 """Seconds between two looks at whether a machine is about to be taken away; Ray looks as often."""
-LOG_COLUMNS: tuple[str, ...] = (
-    "step", "phase", "course", "seconds", "clean_loss", "clean_right", "masker_loss", "in_right", "out_right",
-    "mask_mean", "hidden", "leak", "unit", "price", "waiting",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +55,9 @@ class TrainingPlan:
     preset: str
     data: str
     """Root of the data set."""
-    paths: tuple[str, ...]
+    paths: Sequence[str]
     """Training images, relative to `data`."""
-    labels: tuple[int, ...]
+    labels: Sequence[int]
     """Logit index of each image."""
     data_classes: tuple[str, ...]
     class_index: tuple[int, ...]
@@ -194,9 +190,10 @@ def train(plan: TrainingPlan, reporter: Reporter, *, resume: Path | None = None,
         class_weights=class_weights_of(plan.labels, len(plan.class_names)),
         cache=CleanCache(preset.augmentation.views * len(plan.paths)) if preset.augmentation.views else None,
     )
+    snapshots = Snapshots(reporter.run) if reporter.run is not None else None
     first, spent, rows = 0, 0.0, []
     if resume is not None:
-        first, spent, rows = _restore(resume, model, step_of, population)
+        first, spent, rows = checkpoint.restore(resume, model, step_of, population, snapshots)
     pretraining = preset.pretraining if untrained else 0.0
 
     def provenance(row: dict[str, Any]) -> dict[str, Any]:
@@ -267,7 +264,7 @@ def train(plan: TrainingPlan, reporter: Reporter, *, resume: Path | None = None,
                 saved, warned = seconds, warned or leaving
 
                 def write(folder: Path, row: dict[str, Any] = row, whole: bool = validate) -> None:
-                    _save(folder, row, rows, model, step_of, population)
+                    checkpoint.save(folder, row, rows, model, step_of, population, snapshots)
                     if whole:
                         save_bundle(folder / "bundle", model, spec.model_copy(update={"training": provenance(row)}))
 
@@ -276,7 +273,7 @@ def train(plan: TrainingPlan, reporter: Reporter, *, resume: Path | None = None,
         stream.close()
 
     def finish(folder: Path) -> None:
-        _save(folder, row, rows, model, step_of, population)
+        checkpoint.save(folder, row, rows, model, step_of, population, snapshots)
         save_bundle(folder / "bundle", model, spec.model_copy(update={"training": provenance(row)}))
         complete_bundle(folder / "bundle", plan, device=device)
 
@@ -343,46 +340,6 @@ def _agreed(seconds: float, leaving: bool) -> tuple[float, bool]:
     return float(heard[0]), bool(heard[1] > 0)
 
 
-def _save(
-    folder: Path,
-    row: dict[str, Any],
-    rows: list[dict[str, Any]],
-    model: SaliencyModel,
-    step_of: JointStep,
-    population: Population | None,
-) -> None:
-    state = {
-        "step": row["step"],
-        "seconds": row.get("seconds", 0.0),
-        "price": asdict(step_of.price),
-        "model": model.state_dict(),
-        "classifier_optimiser": step_of.classifier_optimiser.state_dict(),
-        "masker_optimiser": step_of.masker_optimiser.state_dict(),
-        "population": population.state() if population else [],
-    }
-    torch.save(state, folder / "state.pt")
-    with (folder / "log.csv").open("w", newline="", encoding="utf-8") as file:
-        # A method with one side only has no figures of the other.
-        writer = csv.DictWriter(file, LOG_COLUMNS, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def _restore(
-    folder: Path, model: SaliencyModel, step_of: JointStep, population: Population | None
-) -> tuple[int, float, list[dict[str, Any]]]:
-    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-    model.load_state_dict(state["model"])
-    step_of.classifier_optimiser.load_state_dict(state["classifier_optimiser"])
-    step_of.masker_optimiser.load_state_dict(state["masker_optimiser"])
-    step_of.price = Price(**state["price"])
-    if population is not None:
-        population.restore(state["population"])
-    with (folder / "log.csv").open(newline="", encoding="utf-8") as file:
-        rows: list[dict[str, Any]] = list(csv.DictReader(file))
-    return state["step"], state["seconds"], rows
-
-
 @torch.no_grad()
 def complete_bundle(path: Path, plan: TrainingPlan, *, device: str = "cpu") -> None:
     """Add to a bundle what readers of finished ones expect: training images for calibration and parity, and what their masks are like."""
@@ -390,8 +347,9 @@ def complete_bundle(path: Path, plan: TrainingPlan, *, device: str = "cpu") -> N
     count = min(SAMPLES, len(plan.paths))
     chosen = np.sort(np.random.default_rng([plan.seed, 0x5A]).choice(len(plan.paths), count, replace=False))
     files = Images(plan.data)
-    chosen = chosen[block_order([plan.paths[k] for k in chosen])]
-    images = np.stack([fit(files.image(plan.paths[k]), plan.input_size, plan.geometry)[0] for k in chosen])
+    paths = [plan.paths[int(k)] for k in chosen]
+    paths = [paths[k] for k in block_order(paths)]
+    images = np.stack([fit(files.image(path), plan.input_size, plan.geometry)[0] for path in paths])
     model, normalise = bundle.model.to(device), Normaliser(plan.mean, plan.std, device)
     masks = [model(normalise(images[k : k + 32]))[1][:, 0].float().cpu().numpy() for k in range(0, count, 32)]
     statistics = summarise(mask_statistics(np.concatenate(masks)))

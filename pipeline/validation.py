@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.data import store
+from pipeline.data import folders, store
 
 if TYPE_CHECKING:
     from ray.train import Checkpoint
@@ -69,7 +69,7 @@ def record_of(run: str, step: int) -> str:
 def read_records(run: str) -> list[dict[str, Any]]:
     """All validations of a run, by step."""
     folder = store.join(store.place_of(run), FOLDER)
-    records = [json.loads(store.read_bytes(e.place)) for e in store.list_folder(folder) if e.place.endswith(".json")]
+    records = [json.loads(store.read_bytes(e.place)) for e in folders.list_folder(folder) if e.place.endswith(".json")]
     return sorted(records, key=lambda record: record["step"])
 
 

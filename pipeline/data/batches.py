@@ -82,12 +82,15 @@ def step_indices(
 
 def block_numbers(paths: Sequence[str]) -> np.ndarray | None:
     """The block that each path is read with, (n,) int64; none where every path can be read by itself."""
-    rows = [row_of(path) for path in paths]
-    if not any(rows):
+    if not any(row_of(path) for path in paths):
         return None
     numbers: dict[object, int] = {}
-    keys = [(row.file, row.group) if row else path for row, path in zip(rows, paths, strict=True)]
-    return np.array([numbers.setdefault(key, len(numbers)) for key in keys])
+
+    def number(path: str) -> int:
+        row = row_of(path)
+        return numbers.setdefault((row.file, row.group) if row else path, len(numbers))
+
+    return np.fromiter((number(path) for path in paths), dtype=np.int64, count=len(paths))
 
 
 def block_order(paths: Sequence[str]) -> np.ndarray:
@@ -132,7 +135,7 @@ class TrainingBatches:
         ahead: int = 3,
     ) -> None:
         self.images = Images(root)
-        self.paths, self.labels = paths, np.asarray(labels, dtype=np.int64)
+        self.paths, self.labels = paths, np.asarray(labels, dtype=np.int32)
         self.blocks = block_numbers(paths)
         self.orders: dict[int, np.ndarray] = {}
         self.size, self.batch_size, self.seed = size, batch_size, seed
@@ -151,7 +154,8 @@ class TrainingBatches:
         """`epoch_order` of the last two epochs, which are asked for again at every step."""
         if epoch not in self.orders:
             self.orders = {known: order for known, order in self.orders.items() if known == epoch - 1}
-            self.orders[epoch] = epoch_order(len(self.paths), seed=self.seed, epoch=epoch, blocks=self.blocks)
+            order = epoch_order(len(self.paths), seed=self.seed, epoch=epoch, blocks=self.blocks)
+            self.orders[epoch] = order.astype(np.int32)  # of a large set two of them are kept for as long as it trains
         return self.orders[epoch]
 
     def load(self, step: int, index: int) -> tuple[np.ndarray, bool]:
@@ -177,6 +181,8 @@ class TrainingBatches:
                     ready, share, images = waiting.popleft()
                     loaded = [image.result() for image in images]
                     views = tuple(2 * int(k) + mirrored for k, (_, mirrored) in zip(share, loaded, strict=True))
-                    yield Loaded(ready, np.stack([image for image, _ in loaded]), self.labels[share], views)
+                    yield Loaded(
+                        ready, np.stack([image for image, _ in loaded]), self.labels[share].astype(np.int64), views
+                    )
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

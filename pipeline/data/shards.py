@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from pipeline.data import store
+from pipeline.data import folders, store
 from pipeline.data.images import image_columns
 from pipeline.data.listing import is_image_name
 from pipeline.errors import UsageError
@@ -42,10 +42,10 @@ Member = tuple[str, str]
 
 def shard_files(root: str, split: str) -> list[str]:
     """Shards of ``split`` below ``root`` (a place), relative to it and sorted; none where it has pictures of its own."""
-    inside = [f"{split}/{store.name_of(entry.place)}" for entry in store.list_folder(store.join(root, split))]
+    inside = [f"{split}/{store.name_of(entry.place)}" for entry in folders.list_folder(store.join(root, split))]
     beside = [
         name
-        for name in (store.name_of(entry.place) for entry in store.list_folder(root))
+        for name in (store.name_of(entry.place) for entry in folders.list_folder(root))
         if name.startswith((f"{split}-", f"{split}_", f"{split}."))
     ]
     found = [path for path in (*inside, *beside) if path.lower().endswith((*TAR, *PARQUET))]
@@ -55,7 +55,7 @@ def shard_files(root: str, split: str) -> list[str]:
 def _has_pictures(folder: str) -> bool:
     """Whether the folder of the split holds pictures: an archive that was left beside them is then no shard."""
     try:
-        return any(is_image_name(entry.place) for entry in islice(store.walk(folder), LOOKED_AT))
+        return any(is_image_name(entry.place) for entry in islice(folders.walk(folder), LOOKED_AT))
     except UsageError:  # no such folder
         return False
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.data import store
+from pipeline.data import folders, store
 from pipeline.data.listing import is_image_name, list_images
 from pipeline.data.shards import read_shards, shard_files
 from pipeline.errors import UsageError
@@ -101,7 +101,7 @@ def _listed(place: str, split: str) -> tuple[list[str], dict[str, list[str]]]:
 def _remote_members(place: str, split: str) -> dict[str, list[str]]:
     """Class -> paths of the objects ``<split>/<class>/...`` that are pictures."""
     members: dict[str, list[str]] = {}
-    for entry in store.walk(store.join(place, split)):
+    for entry in folders.walk(store.join(place, split)):
         path = entry.place[len(place) + 1 :]
         parts = path.split("/")
         if len(parts) > 2 and not parts[1].startswith(".") and is_image_name(path):

@@ -11,11 +11,12 @@ import os
 import random
 import re
 import stat
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import fsspec
 
@@ -28,19 +29,6 @@ MAX_BYTES = 1 << 30
 
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+)://")
 _T = TypeVar("_T")
-
-
-NOT_REGULAR = -2
-
-
-class Entry(NamedTuple):
-    """One object of a listing."""
-
-    place: str
-    size: int
-    """In bytes; -1 when it could not be found out, `NOT_REGULAR` for a pipe or a device."""
-    stamp: str
-    """Changes when the content does: the entity tag of an object, the time of the last change of a local file."""
 
 
 class ReadError(Exception):
@@ -191,6 +179,24 @@ def read_range(place: str, start: int, size: int) -> bytes:
     return data
 
 
+def read_end(place: str, size: int) -> bytes:
+    """The last ``size`` bytes of an object, or all of it where it is shorter; in one request.
+
+    Raises:
+        ReadError: it cannot be read.
+        StoreError: a remote store does not answer.
+    """
+    if is_remote(place):
+        files, path = filesystem(place)
+        return retried(place, lambda: files.cat_file(path, start=-size))
+    try:
+        with Path(place).open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - size))
+            return file.read()
+    except OSError as error:
+        raise ReadError(error.strerror or str(error)) from error
+
+
 def open_file(place: str) -> Any:
     """An open, seekable binary file."""
     if is_remote(place):
@@ -209,11 +215,25 @@ def write_bytes(place: str, data: bytes, *, temporary: str | None = None) -> Non
         StoreError: it cannot be written.
     """
     if is_remote(place):
-        files, path = filesystem(place)
-        try:
-            retried(place, lambda: files.pipe_file(path, data, chunksize=2 << 30))
-        except ReadError as error:
-            raise StoreError(f"{place}: cannot be written ({error}); check the bucket and its permissions") from error
+        _put(place, data)
+        return
+    with writing(place, temporary=temporary) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def writing(place: str, *, temporary: str | None = None) -> Iterator[BinaryIO]:
+    """A file that appears whole at ``place``, over an older one, when the block ends well; ``temporary`` as above.
+
+    Raises:
+        StoreError: it cannot be written.
+    """
+    if is_remote(place):
+        with tempfile.TemporaryFile() as file:
+            yield file
+            file.seek(0)
+            data = file.read()
+        _put(place, data)
         return
     target = Path(place)
     part = Path(temporary or target.parent) / f".{target.name}.{uuid.uuid4().hex}.part"
@@ -221,16 +241,26 @@ def write_bytes(place: str, data: bytes, *, temporary: str | None = None) -> Non
         target.parent.mkdir(parents=True, exist_ok=True)
         part.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())  # a rename may reach the disk before the data does
         part.replace(target)
-    except OSError as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):  # the folder may be none
             part.unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
         raise StoreError(
             f"{place}: cannot be written ({error.strerror or error}); free space or fix the permissions"
         ) from error
+
+
+def _put(place: str, data: bytes) -> None:
+    files, path = filesystem(place)
+    try:
+        retried(place, lambda: files.pipe_file(path, data, chunksize=2 << 30))
+    except ReadError as error:
+        raise StoreError(f"{place}: cannot be written ({error}); check the bucket and its permissions") from error
 
 
 def read_optional(place: str) -> bytes | None:
@@ -263,17 +293,6 @@ def exists(place: str) -> bool:
     return retried(place, lambda: files.exists(path))
 
 
-def list_folder(place: str) -> list[Entry]:
-    """The objects that lie directly in a folder, in order of name; nothing when there is no such folder."""
-    if is_remote(place):
-        return sorted(entry for entry in _list_remote(place + "/", delimiter="/") if name_of(entry.place))
-    try:
-        with os.scandir(place) as found:
-            return sorted(_local_entry(entry.path) for entry in found if entry.is_file())
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-
-
 def delete(place: str) -> None:
     """Remove an object; one that is gone already is fine."""
     if is_remote(place):
@@ -303,88 +322,3 @@ def move(source: str, target: str) -> None:
         Path(source).replace(target)
     except FileNotFoundError:
         return
-
-
-def walk(root: str, *, enter: Callable[[str], bool] = lambda _folder: True) -> Iterator[Entry]:
-    """All objects below a folder in an order that only their names decide; memory is that of the largest folder.
-
-    ``enter(folder)`` says whether a folder, given as a place, is walked into.  Links to folders are followed, but never
-    into a folder that is being walked already.
-    """
-    if is_remote(root):
-        yield from (entry for entry in _list_remote(root + "/") if _entered(root, entry.place, enter))
-        return
-    yield from _walk_local(root, enter, frozenset())
-
-
-def _entered(root: str, place: str, enter: Callable[[str], bool]) -> bool:
-    folder = place.rsplit("/", 1)[0]
-    while len(folder) > len(root):
-        if not enter(folder):
-            return False
-        folder = folder.rsplit("/", 1)[0]
-    return True
-
-
-def _walk_local(folder: str, enter: Callable[[str], bool], above: frozenset[tuple[int, int]]) -> Iterator[Entry]:
-    try:
-        about = Path(folder).stat()
-        if (about.st_dev, about.st_ino) in above:  # a link that leads back up
-            return
-        with os.scandir(folder) as found:
-            # Names only: a folder of a million files costs its names, not a million `DirEntry` objects.
-            entries = sorted((entry.name, _is_folder(entry)) for entry in found)
-    except OSError as error:
-        raise UsageError(
-            f"cannot list the folder {folder} ({error.strerror}); make it readable or move it away"
-        ) from error
-    above = above | {(about.st_dev, about.st_ino)}
-    for name, is_folder in entries:
-        path = f"{folder.rstrip('/')}/{name}"
-        if not is_folder:
-            yield _local_entry(path)
-        elif enter(path):
-            yield from _walk_local(path, enter, above)
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself, or into a folder that is closed to us
-        return False
-
-
-def _local_entry(path: str) -> Entry:
-    try:
-        about = os.stat(path)  # noqa: PTH116 - a `Path` for each of 10^8 names would cost more than the call
-    except OSError:  # a link into nothing, or a file that vanished: a row will say so
-        return Entry(path, -1, "")
-    return Entry(path, about.st_size if stat.S_ISREG(about.st_mode) else NOT_REGULAR, str(about.st_mtime_ns))
-
-
-def _list_remote(prefix: str, delimiter: str = "") -> Iterator[Entry]:
-    """Objects whose place begins with ``prefix``, in order of name, a page at a time where the store is S3."""
-    files, path = filesystem(prefix)
-    scheme = prefix.split("://", 1)[0]
-    if scheme != "s3":
-        found = retried(prefix, lambda: files.find(path.rstrip("/"), maxdepth=1 if delimiter else None, detail=True))
-        for name in sorted(found):
-            about = found[name]
-            stamp = str(about.get("ETag") or about.get("etag") or about.get("mtime") or about.get("created") or "")
-            yield Entry(f"{scheme}://{name.lstrip('/')}", int(about.get("size") or 0), stamp)
-        return
-    bucket, _, key = path.partition("/")
-    token: dict[str, str] = {}
-    while True:
-        page = retried(
-            prefix,
-            lambda token=token: files.call_s3(
-                "list_objects_v2", Bucket=bucket, Prefix=key, Delimiter=delimiter, **token
-            ),
-        )
-        for item in page.get("Contents", ()):
-            if not item["Key"].endswith("/"):  # consoles make such empty objects to show a folder
-                yield Entry(f"s3://{bucket}/{item['Key']}", item["Size"], item["ETag"].strip('"'))
-        if not page.get("IsTruncated"):
-            return
-        token = {"ContinuationToken": page["NextContinuationToken"]}

@@ -18,7 +18,7 @@ SIZES = (56, 56, 28, 14, 7)
 
 
 def build(case: dict[str, Any]) -> Masker:
-    concrete = ConcreteConfig(mode=case["gumbel_output_mode"]) if case.get("apply_gumbel") else None
+    concrete = ConcreteConfig(mode=case["gumbel_output_mode"], shown="mode") if case.get("apply_gumbel") else None
     return Masker(
         taps={layer: RESNET50_CHANNELS[layer] for layer in case["use_layers"]},
         mask_size=(56, 56),

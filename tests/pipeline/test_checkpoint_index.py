@@ -18,7 +18,12 @@ FILES = pyarrow.fs.LocalFileSystem()
 def a_checkpoint(folder: Path, name: str, step: int) -> Path:
     path = folder / name
     path.mkdir(parents=True)
-    torch.save({"step": step, "weights": torch.zeros(1000)}, path / "state.pt")
+    torch.save(
+        {"step": step, "weights": torch.zeros(1000), "snapshots": [step - 1], "population": []}, path / "state.pt"
+    )
+    population = folder.parent / "population"
+    population.mkdir(exist_ok=True)
+    (population / f"{step - 1:09d}.pt").touch()
     (path / "log.csv").write_text("step\n" + "".join(f"{k + 1}\n" for k in range(step)))
     return path
 
@@ -31,10 +36,11 @@ def an_index(folder: Path, *names: str) -> Path:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
+    folder = tmp_path / "checkpoints"
     for k in (1, 2, 3):
-        a_checkpoint(tmp_path, f"checkpoint_{k}", 10 * k)
-    an_index(tmp_path, "checkpoint_2", "checkpoint_3")
-    return tmp_path
+        a_checkpoint(folder, f"checkpoint_{k}", 10 * k)
+    an_index(folder, "checkpoint_2", "checkpoint_3")
+    return folder
 
 
 def chosen(folder: Path) -> list[str]:
@@ -78,3 +84,9 @@ def test_a_checkpoint_that_is_gone_is_not_missed(run: Path) -> None:
     shutil.rmtree(run / "checkpoint_3")
     assert "names a checkpoint that is gone; going on from checkpoint_2, step 20" in str(mend_index(FILES, str(run)))
     assert chosen(run) == ["checkpoint_2"]
+
+
+def test_a_checkpoint_without_its_snapshots_is_not_chosen(run: Path) -> None:
+    (run.parent / "population" / f"{29:09d}.pt").unlink()
+    (run / INDEX_FILE).write_text("{")
+    assert "going on from checkpoint_2, step 20" in str(mend_index(FILES, str(run)))

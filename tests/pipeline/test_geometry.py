@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from hypothesis import given, settings
@@ -39,19 +40,27 @@ def test_any_shape_equals_the_reference_but_for_rounding(shape, geometry, size):
     assert difference.max() <= 2 and difference.mean() < 0.25
 
 
-@pytest.mark.parametrize("shape", [*SHAPES, (530, 220), (300, 230), (500, 100), (2000, 1500)])
-def test_a_squashed_picture_is_pillow_s_rows_first(shape):
+TALL = [(530, 220), (300, 230), (500, 100), (2000, 1500), (1378, 801), (1379, 801)]
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, *TALL])
+def test_a_squashed_picture_is_pillow_s(shape):
     """Each of the two steps has one pass only, so no release of Pillow can choose another order."""
     image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
-    rows = Image.fromarray(image).resize((224, shape[0]), Image.Resampling.BILINEAR)
-    wanted = np.asarray(rows.resize((224, 224), Image.Resampling.BILINEAR))
+    columns_first = shape[0] - 224 > max(0, 2 * (shape[1] - 224))
+    once = Image.fromarray(image).resize(
+        (shape[1], 224) if columns_first else (224, shape[0]), Image.Resampling.BILINEAR
+    )
+    wanted = np.asarray(once.resize((224, 224), Image.Resampling.BILINEAR))
+    if int(PIL.__version__.partition(".")[0]) >= 13:
+        np.testing.assert_array_equal(wanted, reference(image, 224, "squash"), err_msg="Pillow has another rule now")
     difference = np.abs(fit(image, 224, "squash")[0].astype(int) - wanted)
     enlarged = min(shape) < 224
     assert difference.max() <= (2 if enlarged else 1) and difference.mean() < (0.1 if enlarged else 0.01)
 
 
 def test_photographs_are_as_near_to_the_exact_sums_as_pillow_s(shared_dir):
-    ours, pillows, apart = [], [], []
+    ours, pillows, apart, levels = [], [], [], []
     for path in sorted((shared_dir / "data" / "sample_images").glob("*.JPEG")):
         image = read_image(path)
         planes = torch.from_numpy(image).permute(2, 0, 1)[None].float()
@@ -61,10 +70,11 @@ def test_photographs_are_as_near_to_the_exact_sums_as_pillow_s(shared_dir):
         ours.append(np.abs(fitted - exact).mean())
         pillows.append(np.abs(pillow - exact).mean())
         apart.append((fitted - pillow.astype(float)).mean())
-        landscape = image.shape[1] > image.shape[0] >= 224
-        assert not landscape or np.abs(fitted - pillow.astype(float)).mean() < 0.01
+        levels.append(np.abs(fitted - pillow.astype(float)).mean())
     assert len(ours) == 24 and np.mean(ours) < 1.01 * np.mean(pillows)
     assert np.abs(apart).max() < 0.01
+    if int(PIL.__version__.partition(".")[0]) >= 13:
+        assert np.mean(levels) < 0.01 and max(levels) < 0.03
 
 
 @pytest.mark.parametrize("geometry", ["squash", "crop"])

@@ -104,14 +104,14 @@ def test_the_norm_is_the_callers() -> None:
     assert not any(isinstance(m, nn.BatchNorm2d) for m in masker.modules())
 
 
-def concrete(mode: str, temperature: float | None = 0.1) -> Masker:
+def concrete(mode: str, temperature: float | None = 0.1, shown: str = "mean") -> Masker:
     torch.manual_seed(0)
-    config = ConcreteConfig(mode=mode, temperature=temperature)  # pyright: ignore[reportArgumentType]
+    config = ConcreteConfig(mode=mode, temperature=temperature, shown=shown)  # pyright: ignore[reportArgumentType]
     return Masker(taps={1: 5}, mask_size=(6, 6), concrete=config)
 
 
 def test_hard_masks_are_zero_or_one_and_carry_a_gradient() -> None:
-    masker = concrete("hard").train()
+    masker = concrete("hard", shown="mode").train()
     logits = masker(maps({1: 5}))
     first, again, other = (masker.masks(logits, torch.Generator().manual_seed(s)) for s in (1, 1, 2))
     assert set(first.unique().tolist()) <= {0.0, 1.0}
@@ -134,7 +134,53 @@ def test_modes_without_noise() -> None:
     for mode, expected in (("sigmoid", torch.sigmoid(logits)), ("logits", logits)):
         for training in (True, False):
             assert torch.equal(concrete(mode).train(training).masks(logits), expected)
-    torch.testing.assert_close(concrete("soft", 0.5).eval().masks(logits), torch.sigmoid(2 * logits))
+    published = concrete("soft", 0.5, "mode").eval().masks(logits)
+    torch.testing.assert_close(published, torch.sigmoid(2 * logits))
+
+
+@pytest.mark.parametrize(("mode", "temperature"), [("hard", 0.1), ("soft", 0.1), ("soft", 0.5), ("soft", 1.0)])
+def test_a_trained_head_shows_what_its_samples_show_on_average(mode: str, temperature: float) -> None:
+    """So that masks have the area that they paid for: with every logit below 0 the likelier value is 0 everywhere."""
+    masker = concrete(mode, temperature)
+    logits = torch.linspace(-4, -0.5, 8)
+    samples = masker.train().masks(logits.repeat(40_000, 1), torch.Generator().manual_seed(0)).mean(0)
+    torch.testing.assert_close(masker.eval().masks(logits), samples, atol=0.01, rtol=0)
+    assert not concrete("hard", shown="mode").eval().masks(logits).any()
+
+
+def test_only_the_likelier_values_of_hard_masks_are_binary() -> None:
+    for config in (ConcreteConfig(), ConcreteConfig(mode="soft", shown="mode"), ConcreteConfig(mode="sigmoid")):
+        assert not config.binary
+    assert ConcreteConfig(shown="mode").binary
+
+
+@pytest.mark.parametrize("mode", ["hard", "soft"])
+@pytest.mark.parametrize("temperature", [0.1, None])
+def test_the_noise_and_the_hardness_come_in_slowly(mode: str, temperature: float | None) -> None:
+    head = concrete(mode, temperature).train().final
+    assert isinstance(head, ConcreteHead)
+    logits = torch.linspace(-3, 3, 7, requires_grad=True)
+
+    def at(course: float, seed: int = 0) -> Tensor:
+        head.course = course
+        return head.masks(logits, torch.Generator().manual_seed(seed))
+
+    torch.testing.assert_close(at(0.0), torch.sigmoid(logits))  # the plain masker, gradient included
+    (gradient,) = torch.autograd.grad(at(0.0).sum(), logits)
+    torch.testing.assert_close(gradient, torch.sigmoid(logits) * (1 - torch.sigmoid(logits)))
+    spreads = [float((at(course) - at(course, 1)).detach().abs().mean()) for course in (0.0, 0.2, 0.4, 0.75)]
+    assert spreads == sorted(spreads) and spreads[0] == 0 and spreads[2] > 0
+    assert torch.equal(at(0.75), at(1.0)), "from there on it is the distribution itself"
+    between = at(0.4)
+    assert bool((between > 0).all() and (between < 1).all())
+    if mode == "hard":
+        assert set(at(0.75).unique().tolist()) <= {0.0, 1.0}
+
+
+def test_as_published_the_noise_is_there_from_the_start() -> None:
+    head = ConcreteHead(3, ConcreteConfig(anneal=0.0)).train()
+    head.course = 0.0
+    assert set(head.masks(torch.zeros(50), torch.Generator().manual_seed(0)).unique().tolist()) == {0.0, 1.0}
 
 
 def test_a_learned_temperature_starts_at_a_tenth_and_learns() -> None:
@@ -145,7 +191,9 @@ def test_a_learned_temperature_starts_at_a_tenth_and_learns() -> None:
     assert tau.grad is not None and tau.grad != 0
 
 
-@pytest.mark.parametrize("options", [{"mode": "firm"}, {"temperature": 0.0}, {"temperature": -1.0}])
+@pytest.mark.parametrize(
+    "options", [{"mode": "firm"}, {"temperature": 0.0}, {"temperature": -1.0}, {"anneal": 1.5}, {"shown": "best"}]
+)
 def test_wrong_concrete_settings_are_quoted(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=str(next(iter(options.values())))):
         ConcreteConfig(**options)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import re
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from pipeline.backbone import choose_taps, create_classifier, pyramid, tap_classifier
+from pipeline.concrete import ConcreteConfig, ConcreteHead
 from pipeline.errors import UsageError
 from pipeline.fills import Blur, Zero, make_fill
 from pipeline.model import SaliencyModel, build_masker
 from pipeline.objectives import KLPriorConfig, SideConfig, class_weights_of, side_loss
 from pipeline.population import Population, PopulationConfig
 from pipeline.presets import PRESETS, Preset
-from pipeline.settings import configure, describe
+from pipeline.settings import FIXED, configure, describe
+from pipeline.spec import MaskerSpec
 from pipeline.step import JointStep
 from tests.pipeline.test_step import CLASSES, SIZE, a_batch, a_step, state
 
@@ -169,6 +172,15 @@ def test_same_generator_same_step() -> None:
         assert torch.equal(value, state(two.model.masker)[name]), name
 
 
+def test_a_concrete_head_knows_how_far_the_training_is() -> None:
+    step = step_for(configure("fix", ["masker.concrete.mode=hard"]))
+    head, batch = step.model.masker.final, a_batch()
+    assert isinstance(head, ConcreteHead)
+    for course in (0.0, 0.3):
+        step(batch, step=1, divisor=6, phase="joint", course=course, generator=torch.Generator().manual_seed(3))
+        assert head.course == course
+
+
 def test_an_inert_population_only_spares_the_classifier() -> None:
     """At a drawn step the inert population judges with the current classifier, and the classifier learns clean pictures only."""
     settings = ("population.inert=true", "population.probability=1", "weight_blank=0")
@@ -257,6 +269,18 @@ def test_a_method_needs_a_side() -> None:
 def test_a_description_is_plain() -> None:
     record = describe(configure("dabkowski-gal", ["masker.concrete.mode=soft"]))
     assert record["masker"]["concrete"] == {"mode": "soft"} and record["mask_out"]["margin"] == 5.0
+
+
+def test_every_slot_of_the_grammar_is_documented() -> None:
+    text = (Path(__file__).parents[2] / "pipeline" / "README.md").read_text(encoding="utf-8")
+    table = text.partition("## Every method is a preset")[2].partition("\n## ")[0]
+    owners = (Preset, SideConfig, KLPriorConfig, ConcreteConfig, PopulationConfig, MaskerSpec)
+    slots = {
+        slot for owner in owners for slot in getattr(owner, "model_fields", None) or [f.name for f in fields(owner)]
+    }
+    slots -= {*FIXED, "side", "objective"}  # the name of a side's value says both
+    missing = [slot for slot in sorted(slots) if not re.search(rf"(--|[`. ]){slot}[=. `]", table)]
+    assert not missing, f"pipeline/README.md does not say how to set {', '.join(missing)}"
 
 
 def test_the_papers_constants() -> None:

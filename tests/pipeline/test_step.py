@@ -204,7 +204,9 @@ def test_population_draws_depend_on_seed_and_step_alone() -> None:
     for a, b in zip(one.snapshots, two.snapshots, strict=True):
         assert torch.equal(a["weight"], b["weight"])
     restored = Population(config=one.config, seed=0)
+    assert one.taken == two.taken and [int(s["weight"].flatten()[0]) for s in one.snapshots] == one.taken
     restored.restore(one.state())
+    assert restored.taken == one.taken
     assert torch.equal(restored.network(1, network).weight, one.snapshots[1]["weight"])
 
 

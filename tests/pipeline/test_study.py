@@ -87,10 +87,16 @@ def test_what_is_missing(tmp_path: Path) -> None:
     assert [(row.name, seed) for row, seed in missing(rows, range(2), tmp_path, [])] == [
         ("both-frozen", 0), ("few-shot-1", 0), ("both-frozen", 1), ("few-shot-1", 1),
     ]  # fmt: skip
-    (tmp_path / "both-frozen-0.json").write_text(json.dumps(record("both-frozen", 0, 0.5)))
+    config = {"preset": "fix", "settings": [], "arguments": []}
+    path = tmp_path / "both-frozen-0.json"
+    path.write_text(json.dumps(record("both-frozen", 0, 0.5) | {"config": config}))
     assert len(missing(rows, range(2), tmp_path, [])) == 3
     with pytest.raises(UsageError, match="another --out"):
         missing(rows, range(2), tmp_path, ["--steps", "7"])
+    for other in ({"preset": "ca"}, {"settings": ["fill=blur"]}):  # the row meant something else when it was trained
+        path.write_text(json.dumps(record("both-frozen", 0, 0.5) | {"config": config | other}))
+        with pytest.raises(UsageError, match="the row both-frozen was"):
+            missing(rows, range(2), tmp_path, [])
 
 
 def test_the_barrier_is_the_height_above_the_straight_line() -> None:
@@ -129,7 +135,7 @@ def test_a_small_study_from_start_to_end(tmp_path: Path) -> None:
     out = tmp_path / "study"
     command = [sys.executable, "-m", "pipeline.study", "--data", str(tmp_path / "data"), "--out", str(out)]
     command += ["--rows", "both-frozen,in-frozen", "--seeds", "2", "--steps", "4"]
-    command += ["--init", "resnet18", "--batch-size", "4", "--image-size", "32"]
+    command += ["--init", "timm:test_resnet", "--batch-size", "4", "--image-size", "32"]
     environment = os.environ | {"RAY_ADDRESS": "local", "RAY_worker_niceness": "0"}
     first = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
     assert first.returncode == 0, first.stdout[-2000:] + first.stderr[-3000:]

@@ -13,6 +13,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,13 +22,20 @@ from pipeline import training
 from pipeline.bundle import load_bundle
 from pipeline.data import store
 from pipeline.data.planted import write_planted
+from pipeline.errors import UsageError
 from pipeline.planning import plan_training
 from pipeline.reporting import FolderReporter
-from pipeline.train import parse_workers, parser
+from pipeline.train import main, parse_workers, parser
+from pipeline.training import TrainingPlan
 from tests.s3_server import s3_server
 
-ENVIRONMENT = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "CUDA_VISIBLE_DEVICES": "", "RAY_ADDRESS": "local"}
-SMALL = ("--init", "resnet18", "--image-size", "32", "--batch-size", "8")
+ENVIRONMENT = os.environ | {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "CUDA_VISIBLE_DEVICES": "",
+    "RAY_ADDRESS": "local",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+}
+SMALL = ("--init", "timm:test_resnet", "--image-size", "32", "--batch-size", "8")
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +49,14 @@ def train(*arguments: object, **environment: str) -> subprocess.CompletedProcess
     command = [sys.executable, "-m", "pipeline.train", *(str(a) for a in arguments)]
     environment = ENVIRONMENT | environment
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+
+
+def train_here(folder: Path, *arguments: object) -> tuple[TrainingPlan, list[str]]:
+    """What a worker of the command does, in this process; returns its plan and the phase of each step."""
+    plan = replace(plan_training(parser().parse_args([str(word) for word in arguments])), threads=1)
+    phases: list[str] = []
+    training.train(plan, FolderReporter(folder, lambda row: phases.append(row["phase"])))
+    return plan, phases
 
 
 def test_the_flags_are_frozen() -> None:
@@ -85,27 +101,26 @@ def test_trains_from_s3_to_s3_and_resumes(data: Path, tmp_path: Path) -> None:
         assert again.returncode == 0, again.stderr[-2000:]
         assert "was torn; going on from checkpoint_" in again.stdout and "step 6" in again.stdout
         assert steps() == list(range(1, 10)), "the second run went on where the first one ended"
-        other = train(*arguments, "--steps", 9, "--seed", 5, **settings)
-        assert other.returncode == 2 and "another seed" in other.stderr and other.stderr.count("\n") == 1
+        with pytest.raises(UsageError, match="another seed"):
+            main([str(word) for word in (*arguments, "--steps", 9, "--seed", 5)])
 
 
-@pytest.mark.timeout(1500)
 def test_a_class_map_keeps_the_classifier_head(data: Path, tmp_path: Path) -> None:
     import timm
     from safetensors.torch import save_file
 
-    classifier = timm.create_model("resnet18", num_classes=20)
+    classifier = timm.create_model("test_resnet", num_classes=20)
     save_file(classifier.state_dict(), tmp_path / "mine.safetensors")
     folders = sorted(path.name for path in (data / "train").iterdir())
     rows = "".join(f"{folder},{19 - k}\n" for k, folder in enumerate(folders))
     (tmp_path / "map.csv").write_text("folder,index\n" + rows)
-    result = train(
-        *("--preset", "fix", "--data", data, "--out", tmp_path / "run", "--init", "timm:resnet18", "--steps", 2),
+    train_here(
+        tmp_path / "state",
+        *("--preset", "fix", "--data", data, "--out", tmp_path / "run", "--init", "timm:test_resnet", "--steps", 2),
         *("--weights", tmp_path / "mine.safetensors", "--class-map", tmp_path / "map.csv", "--image-size", 32),
         *("--batch-size", 4, "--mean", "0.5,0.5,0.5", "--std", "0.25,0.25,0.25"),
     )
-    assert result.returncode == 0, result.stderr[-2000:]
-    bundle = load_bundle(tmp_path / "run/bundle")
+    bundle = load_bundle(tmp_path / "state/bundle")
     spec = bundle.spec
     assert spec.backbone.outputs == 20 and spec.class_index == [19 - k for k in range(10)]
     assert spec.class_names[19] == folders[0] and spec.class_names[0] == "class 0"
@@ -124,10 +139,7 @@ def test_without_a_class_map_a_frozen_classifier_gets_a_new_head_and_nothing_els
     classifier = torchvision.models.resnet18(num_classes=20)
     save_file(classifier.state_dict(), tmp_path / "mine.safetensors")
     words = ("--preset", "fix", "--data", data, "--out", tmp_path / "run", *SMALL, "--steps", 4, "--init", "resnet18")
-    words = (*words, "--weights", tmp_path / "mine.safetensors")
-    plan = replace(plan_training(parser().parse_args([str(word) for word in words])), threads=1)
-    phases: list[str] = []
-    training.train(plan, FolderReporter(tmp_path / "state", lambda row: phases.append(row["phase"])))
+    plan, phases = train_here(tmp_path / "state", *words, "--weights", tmp_path / "mine.safetensors")
     assert phases == ["classifier"] * 2 + ["joint"] * 2
     kept = load_bundle(tmp_path / "state/bundle").model.backbone.state_dict()
     fresh = training.build(plan)[0].backbone.state_dict()
@@ -157,7 +169,6 @@ def test_wrong_use_is_one_line_and_status_2(
     data: Path, tmp_path: Path, arguments: tuple[str, ...], words: str, capsys
 ) -> None:
     from pipeline.cli import run
-    from pipeline.train import main
 
     command = [
         "--data",
@@ -176,6 +187,30 @@ def test_wrong_use_is_one_line_and_status_2(
     assert end.value.code == 2
     assert words in stderr and stderr.count("\n") == 1, stderr
     assert not (tmp_path / "run").exists()
+
+
+class Leaving(FolderReporter):
+    """Of a machine that is told, while it trains, that it will be taken away."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.saved: list[int] = []
+
+    def leaving(self) -> bool:
+        return True
+
+    def checkpoint(self, write: Any, row: dict[str, Any], **how: Any) -> None:
+        super().checkpoint(write, row, **how)
+        self.saved.append(row["step"])
+
+
+def test_a_machine_that_is_about_to_go_gets_one_checkpoint_more(data: Path, tmp_path: Path, monkeypatch) -> None:
+    words = ["--preset", "fix", "--data", str(data), "--out", "unused", *SMALL, "--steps", "4"]
+    plan = plan_training(parser().parse_args([*words, "--checkpoint-every", "1d"]))
+    monkeypatch.setattr(training, "NOTICE_SECONDS", 0.0)
+    reporter = Leaving(tmp_path / "state")
+    training.train(plan, reporter)
+    assert reporter.saved == [1, 4], "once at the notice, and at the end"
 
 
 @pytest.mark.timeout(900)
@@ -203,7 +238,8 @@ def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(data: Path, tmp_path: Path) ->
     finally:
         if run.poll() is None:  # or it takes the cores away from all that follows
             os.killpg(run.pid, signal.SIGKILL)
-    assert run.returncode == 130 and "Traceback" not in stderr, stderr[-3000:]
+    # Actors of Ray have a prefix; one of them complains where several clusters run on a machine.
+    assert run.returncode == 130 and "\nTraceback" not in f"\n{stderr}", stderr[-3000:]
     saved = max(len(log.read_text().splitlines()) - 1 for log in out.glob("checkpoints/checkpoint_*/log.csv"))
     again = train(*arguments, "--steps", saved + 3)
     assert again.returncode == 0, again.stderr[-2000:]
@@ -226,9 +262,13 @@ def test_a_fault_that_stays_ends_the_run_with_its_name(data: Path, tmp_path: Pat
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that nobody listens on, and that is none of those that Ray gives its workers."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        if not 10000 <= port <= 19999:
+            return port
 
 
 @pytest.mark.timeout(1500)
@@ -244,9 +284,7 @@ def test_as_a_submitted_job(data: Path, tmp_path: Path) -> None:
         "RAY_TMPDIR": str(tmp_path)[:40],
     }
     environment.pop("RAY_ADDRESS", None)
-    port, dashboard = 6401, free_port()
-    while 10000 <= dashboard <= 19999:  # Ray's own worker ports
-        dashboard = free_port()
+    port, dashboard = free_port(), free_port()
     head = subprocess.Popen(
         [
             *(binaries / "ray", "start", "--head", "--block", "--num-cpus", "2", "--port", str(port)),
@@ -269,7 +307,7 @@ def test_as_a_submitted_job(data: Path, tmp_path: Path) -> None:
         out = tmp_path / "run"
         command = [
             *(sys.executable, "-m", "pipeline.train", "--preset", "fix", "--data", str(data)),
-            *("--out", str(out), "--checkpoint-every", "1s", *SMALL),
+            *("--out", str(out), "--checkpoint-every", "0.5s", "--workers", "1:1", *SMALL),
         ]
 
         def job(*words: object) -> subprocess.CompletedProcess[str]:
@@ -278,7 +316,7 @@ def test_as_a_submitted_job(data: Path, tmp_path: Path) -> None:
                 [str(word) for word in words], env=environment, capture_output=True, text=True, timeout=600, check=False
             )
 
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 240
         while True:  # the port opens before the job server behind it
             begun = job("submit", *where, "--no-wait", "--submission-id", "first", "--", *command, "--steps", "100000")
             if begun.returncode == 0:
@@ -295,6 +333,8 @@ def test_as_a_submitted_job(data: Path, tmp_path: Path) -> None:
         result = job("submit", *where, "--", *command, "--steps", saved + 3)
         assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
         assert "model bundle:" in result.stdout
+        waited = "falling below the minimum" in result.stdout + result.stderr
+        assert not waited, "Ray kept the stopped run's places, and the next one waited for them"
         with (out / "log.csv").open() as file:
             assert [int(row["step"]) for row in csv.DictReader(file)] == list(range(1, saved + 4))
         assert json.loads((tmp_path / "run/bundle/model.json").read_text())["preset"] == "fix"
