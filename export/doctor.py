@@ -1,11 +1,12 @@
 """Explain an artefact of this project: what it is, what made it, whether it is whole, and whether it runs here.
 
-FILE is a bundle folder, an .onnx file, an engine (.plan), a manifest (.plan.json) or weights.  Exits 1 when it cannot be
-used on this machine, and says what to do.
+FILE is a bundle folder (or the run or Triton folder around a model), an .onnx file, an engine (.plan), its manifest
+(.plan.json), a parity report or weights.  Exits 1 when it cannot be used on this machine, and says what to do.
 """
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def examine(path: Path) -> tuple[list[str], str | None]:
     """What there is to say of ``path``, and why it cannot be used here, if it cannot."""
     if path.is_dir():
-        return _bundle(path)
+        return _folder(path)
     if path.suffix == ".onnx":
         return _graph(path)
     if path.suffix in PLAN_SUFFIXES:
@@ -48,10 +49,28 @@ def examine(path: Path) -> tuple[list[str], str | None]:
     if path.suffix == ".json":
         return _manifest_file(path)
     if path.suffix == ".safetensors":
-        return [f"{path}: weights ({_size(path)})"], f"{path} is weights alone; give the bundle folder that it lies in"
+        kind = "training images, for calibration and parity" if path.stem == "samples" else "weights"
+        return [f"{path}: {kind} ({_size(path)})"], f"{path} is part of a bundle; give the folder that it lies in"
+    if path.name.endswith(".parity.html"):
+        return [
+            f"{path}: a parity report ({_size(path)}), to be opened in a browser; its figures are in the JSON"
+        ], None
     return [f"{path}: unknown kind of file ({_size(path)})"], (
         f"{path} is nothing that this project writes; give a bundle folder, an .onnx file or a .plan file"
     )
+
+
+def _folder(path: Path) -> tuple[list[str], str | None]:
+    if (path / "bundle").is_dir() and not (path / "model.json").exists():
+        lines, trouble = _bundle(path / "bundle")
+        return [f"{path}: the folder of a training run; its result is the bundle inside", *lines], trouble
+    if (path / "config.pbtxt").is_file():
+        models = sorted((path / "1").glob("model.*"))
+        lines = [f"{path}: a model folder for Triton; put it into the server's model repository"]
+        if not models:
+            return lines, f"{path}/1 holds no model; make the folder again with 'python -m export.trt --triton'"
+        return [*lines, f"  serves      {models[0].name} ({_size(models[0])})"], None
+    return _bundle(path)
 
 
 def _bundle(path: Path) -> tuple[list[str], str | None]:
@@ -138,6 +157,8 @@ def _manifest_file(path: Path) -> tuple[list[str], str | None]:
     engine = path.with_suffix("")
     if path.name == "model.json" and (path.parent / "model.safetensors").is_file():
         return _bundle(path.parent)
+    if path.name.endswith(".parity.json"):
+        return _report(path)
     try:
         manifest = parse_manifest(path.read_text(encoding="utf-8"), path, "give the engine instead")
     except (UsageError, OSError, UnicodeDecodeError) as error:
@@ -147,6 +168,25 @@ def _manifest_file(path: Path) -> tuple[list[str], str | None]:
         lines,
         None if engine.is_file() else f"its engine {engine.name} is not beside it; rebuild: {manifest.rebuild}",
     )
+
+
+def _report(path: Path) -> tuple[list[str], str | None]:
+    """The figures of a parity report."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        errors = [error["message"] for error in record["errors"]]
+        lines = [
+            f"{path}: a parity report of {record['engine']} ({record['precision']}, run by {record['kind']} on "
+            f"{record['provider']})",
+            f"  against     {record['model']}, on {record['figures']['n_images']} images of {record['images']}",
+            *(f"  note        {note}" for note in record["notes"]),
+            f"  verdict     {'passed' if record['passed'] else '; '.join(errors)}",
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [
+            f"{path}: a JSON file ({_size(path)})"
+        ], f"{path} is no parity report ({error!r}); run export.parity again"
+    return lines, None if record["passed"] else f"{record['engine']} failed the parity gate; see {path.stem}.html"
 
 
 def describe_manifest(manifest: Manifest) -> list[str]:
@@ -175,6 +215,10 @@ def describe_manifest(manifest: Manifest) -> list[str]:
         ]
         figures = ", ".join(f"{name} {found.figures[name]:.4g}" for name in names)
         lines.append(f"  parity      {'passed' if found.passed else 'FAILED'}, run by {found.ran_on}: {figures}")
+    if manifest.throughput:
+        rates = manifest.throughput["images_per_second"].items()
+        said = ", ".join(f"{rate} images/s in batches of {batch}" for batch, rate in rates)
+        lines.append(f"  measured    {said} ({manifest.throughput['on']})")
     lines.append(f"  rebuild     {manifest.rebuild}")
     return lines
 

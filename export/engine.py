@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,21 +18,15 @@ import numpy as np
 from export.files import file_sha256
 from export.gpu import gpus
 from export.manifest import METADATA_KEY, Manifest, parse_manifest
+from export.session import ORT_PROVIDERS, Provider, open_session
 from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Provider = Literal["auto", "cpu", "cuda", "tensorrt"]
 Kind = Literal["torch", "onnxruntime", "tensorrt"]
 
 PLAN_SUFFIXES = (".plan", ".engine", ".trt")
-_ORT_PROVIDERS = {
-    "cpu": "CPUExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "tensorrt": "TensorrtExecutionProvider",
-}
-_TAIL = 1 << 20
 _ORT_TYPES = {"tensor(uint8)": "uint8", "tensor(float)": "float32", "tensor(int64)": "int64"}
 
 
@@ -96,7 +89,7 @@ def open_engine(path: str | Path, *, provider: Provider = "auto", threads: int |
         UsageError: no engine, a damaged or foreign one, or one that does not fit this machine.
     """
     path = Path(path)
-    if provider not in ("auto", *_ORT_PROVIDERS):
+    if provider not in ("auto", *ORT_PROVIDERS):
         raise UsageError(f"provider {provider!r}: use auto, cpu, cuda or tensorrt")
     if not path.exists():
         raise UsageError(f"{path}: no such engine; give a bundle folder, an .onnx file or a .plan file")
@@ -175,7 +168,7 @@ class OnnxEngine:
 
     def __init__(self, path: Path, *, provider: Provider, threads: int, data: bytes | None = None) -> None:
         """``data``: the file's bytes where they are at hand, or not written yet."""
-        self._session, used = _session(path, provider, threads, data)
+        self._session, used = open_session(path, provider, threads, data)
         manifest = _onnx_manifest(self._session, path)
         _check_ports(self._session, manifest, path)
         sha256 = file_sha256(path) if data is None else hashlib.sha256(data).hexdigest()
@@ -233,60 +226,6 @@ def info_of(
         bundle_sha256=manifest.bundle_sha256,
         manifest=manifest.model_dump(),
     )
-
-
-def _session(path: Path, provider: Provider, threads: int, data: bytes | None) -> tuple[Any, str]:
-    """An ONNX Runtime session on the wanted provider, and the provider's short name."""
-    import onnxruntime
-
-    wanted = ("cuda" if gpus() else "cpu") if provider == "auto" else provider
-    if wanted != "cpu" and not gpus():
-        raise UsageError(f"the provider {wanted} was asked for, but this machine shows no NVIDIA GPU; use cpu or auto")
-    if wanted != "cpu" and _ORT_PROVIDERS[wanted] not in onnxruntime.get_available_providers():
-        raise UsageError(f"this ONNX Runtime has no provider {wanted}; install onnxruntime-gpu, or use cpu")
-    if wanted != "cpu":
-        onnxruntime.preload_dlls()  # CUDA's libraries come with torch's wheels and are not on the search path
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    # Threads that spin while they wait take the cores away from decoding: 3 times slower beside one busy process.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if precision_of(path, data) == "fp8":  # its optimiser takes fp8 for int8 when it fuses: other masks, and no error
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    chain = {"cpu": ["cpu"], "cuda": ["cuda", "cpu"], "tensorrt": ["tensorrt", "cuda", "cpu"]}[wanted]
-    try:
-        session = onnxruntime.InferenceSession(
-            str(path) if data is None else data, options, providers=[_ORT_PROVIDERS[name] for name in chain]
-        )
-    except Exception as error:  # ONNX Runtime's exceptions have no public base but Exception
-        reason = " ".join(str(error).split())[:200]
-        if wanted == "cpu" and precision_of(path, data) == "bf16":
-            raise UsageError(
-                f"{path} is bf16, for which ONNX Runtime has kernels on a GPU only; run the fp32 or the int8-cpu graph "
-                "here ('python -m export.parity' judges this one by emulation)"
-            ) from error
-        raise UsageError(
-            f"{path}: ONNX Runtime cannot load it ({reason}); it is damaged or needs another provider: "
-            "export it again with 'python -m export.onnx', or ask 'python -m export.doctor'"
-        ) from error
-    used = session.get_providers()[0]
-    if used != _ORT_PROVIDERS[wanted]:
-        raise UsageError(
-            f"{path}: the provider {wanted} was asked for, but ONNX Runtime chose {used} (its libraries are missing or "
-            "of another version; it says which on stderr); install them, or use cpu"
-        )
-    return session, wanted
-
-
-def precision_of(path: Path, data: bytes | None = None) -> str | None:
-    """The precision that an ONNX file's manifest states, asked before anything parses the file: it stands at the end."""
-    if data is None:
-        with path.open("rb") as file:
-            file.seek(max(path.stat().st_size - _TAIL, 0))
-            data = file.read()
-    found = re.search(rb'"precision":"(\w+)"', data[-_TAIL:])
-    return found[1].decode() if found else None
 
 
 def _onnx_manifest(session: Any, path: Path) -> Manifest:

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import UsageError
 
@@ -19,6 +20,21 @@ def file_sha256(path: str | Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def check_local(arguments: Any, *names: str) -> None:
+    """Make sure that no flag among ``names`` is a URI, which would become a local folder called ``s3:``.
+
+    Raises:
+        UsageError: one is; names it.
+    """
+    for name in names:
+        value = getattr(arguments, name, None)
+        if value is not None and "://" in value:
+            raise UsageError(
+                f"--{name.replace('_', '-')} {value}: an export reads and writes local files; copy to and from the store "
+                "with its own tool, such as 'aws s3 cp --recursive'"
+            )
 
 
 @contextmanager

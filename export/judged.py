@@ -13,8 +13,9 @@ from export.gate import ParityFailure, Thresholds, judge
 from export.manifest import METADATA_KEY, Manifest, Parity
 from export.parity_report import write_report
 from export.source import Source
+from export.throughput import measured
 from export.verify import progress_bar, verdict_lines
-from pipeline.errors import WorkError
+from pipeline.errors import UsageError, WorkError
 
 if TYPE_CHECKING:
     import onnx
@@ -39,7 +40,12 @@ class Judging:
 
     @classmethod
     def of(cls, arguments: Any) -> Judging:
-        """From the flags of `export.precision.add_judging`."""
+        """From the flags of `export.precision.add_judging`.
+
+        Raises:
+            UsageError: a number that cannot be meant.
+        """
+        check_numbers(arguments, "parity_images", "threads")
         return cls(
             data=arguments.parity_data,
             images=arguments.parity_images,
@@ -47,6 +53,20 @@ class Judging:
             threads=arguments.threads,
             report=arguments.report,
         )
+
+
+def check_numbers(arguments: Any, *counts: str) -> None:
+    """Make sure that the flags ``counts`` are at least 1 where they are given, and ``--max-drop`` a share.
+
+    Raises:
+        UsageError: names the flag.
+    """
+    for name in counts:
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {value}: use a number from 1 up")
+    if arguments.max_drop is not None and not 0 <= arguments.max_drop <= 1:
+        raise UsageError(f"--max-drop {arguments.max_drop:g}: use a share between 0 and 1, such as 0.01")
 
 
 def judge_engine(
@@ -108,7 +128,8 @@ def write_judged(
     draft = serialise(model if stand_in is None else stand_in, manifest)
     engine = OnnxEngine(out, provider="cpu", threads=judging.threads or default_threads(), data=draft)
     parity = judge_engine(engine, source, out, judging, notes=notes, say=say)
-    manifest = manifest.model_copy(update={"parity": parity})
+    rates = measured(engine, source.images(None, 8, "--parity-data").images, opt=8)
+    manifest = manifest.model_copy(update={"parity": parity, "throughput": rates})
     write_bytes(out, serialise(model, manifest))
     return manifest
 

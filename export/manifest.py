@@ -106,6 +106,8 @@ class Manifest(_Record):
     class_names: list[str]
     data_classes: list[str]
     class_index: list[int]
+    mask_statistics: dict[str, Any] = {}
+    """Of the training images' masks, as the bundle has them: what the service holds scored images against."""
     precision: Precision = "fp32"
     precision_details: dict[str, Any] = {}
     """How the precision came about: variant, tool, operators and nodes kept in float32."""
@@ -143,7 +145,6 @@ def describe(
         "topk_labels": ("int64", ["batch", config.topk]),
         "topk_masks": (mask_type, ["batch", config.topk, *cells]),
     }
-    concrete = spec.masker.concrete
     return Manifest(
         kind="onnx",
         created=now(),
@@ -155,13 +156,14 @@ def describe(
         opset=opset,
         input_size=spec.input_size,
         mask_size=spec.mask_size,
-        mask_values="hard" if concrete is not None and concrete.get("mode", "hard") == "hard" else "soft",
+        mask_values="hard" if spec.masker.binary else "soft",
         geometry=spec.geometry,
         mean=spec.mean,
         std=spec.std,
         class_names=spec.class_names,
         data_classes=spec.data_classes,
         class_index=spec.class_index,
+        mask_statistics=spec.mask_statistics,
         options={name: value for name, value in asdict(config).items() if value != getattr(type(config)(), name)},
         versions=versions,
         rebuild=rebuild,

@@ -43,18 +43,18 @@ def parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Export, check, write."""
     arguments = parser().parse_args(argv)
-    from export.files import ensure_writable
+    from export.files import check_local, ensure_writable
     from export.graph import GraphConfig
     from export.judged import Judging
     from pipeline.bundle import load_bundle
 
+    check_local(arguments, "model", "out", "parity_data")
     out = Path(arguments.out)
     if out.suffix != ".onnx":
         raise UsageError(f"--out {out}: the name has to end in .onnx")
     if arguments.opset not in OPSETS:
         raise UsageError(f"--opset {arguments.opset}: use {OPSETS.start} to {OPSETS.stop - 1}")
-    if arguments.parity_images < 1:
-        raise UsageError(f"--parity-images {arguments.parity_images}: use a number from 1 up")
+    judging = Judging.of(arguments)
     bundle = load_bundle(arguments.model)
     config = GraphConfig(
         mask_dtype=arguments.mask_dtype,
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ensure_writable(out)
     words = ["python", "-m", "export.onnx", *(argv if argv is not None else sys.argv[1:])]
     manifest = export_onnx(
-        bundle, out, config=config, opset=arguments.opset, judging=Judging.of(arguments), rebuild=shlex.join(words),
+        bundle, out, config=config, opset=arguments.opset, judging=judging, rebuild=shlex.join(words),
         say=print,
     )  # fmt: skip
     size = out.stat().st_size / 1e6

@@ -31,19 +31,18 @@ def parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the gate."""
     arguments = parser().parse_args(argv)
-    from export.files import ensure_writable
+    from export.files import check_local, ensure_writable
     from export.gate import ParityFailure, Thresholds, judge
     from export.gate_images import gate_images
     from export.graph import GraphConfig
+    from export.judged import check_numbers
     from export.parity_report import write_report
     from export.torch_engine import TorchEngine
     from export.verify import hard_masks, matching_bundle, open_runnable, progress_bar, verdict_lines
     from pipeline.bundle import load_bundle
-    from pipeline.errors import UsageError
 
-    for name in ("images", "batch"):
-        if getattr(arguments, name) < 1:
-            raise UsageError(f"--{name} {getattr(arguments, name)}: use a number from 1 up")
+    check_numbers(arguments, "images", "batch", "threads")
+    check_local(arguments, "model", "engine", "data", "report")
     bundle = load_bundle(arguments.model)
     report = Path(arguments.report or f"{Path(arguments.engine)}.parity.html")
     ensure_writable(report, "--report")

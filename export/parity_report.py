@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from export.engine import EngineInfo
-from export.files import write_text
+from export.files import whole
 from export.gate import Thresholds, Verdict, batch_figures
 from export.gate_images import GateImages
 
@@ -43,18 +43,22 @@ def write_report(
         "notes": notes,
         **verdict.summary(),
     }
-    write_text(data, json.dumps(record, indent=1, allow_nan=True) + "\n", "--report")
-    write_text(html, render(record, verdict, images), "--report")
+    with whole(html, "--report") as page, whole(data, "--report") as numbers:  # both or none
+        strict = json.loads(json.dumps(record), parse_constant=lambda _: None)  # JSON knows no NaN
+        numbers.write_text(json.dumps(strict, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        page.write_text(render(record, verdict, images, reference=model.kind), encoding="utf-8")
     return html
 
 
-def render(record: dict[str, Any], verdict: Verdict, images: GateImages) -> str:
-    """The page as text."""
+def render(record: dict[str, Any], verdict: Verdict, images: GateImages, *, reference: str) -> str:
+    """The page as text; ``reference``: what ran the model that the engine is held against."""
     from jinja2 import Environment, FileSystemLoader
 
     folder = Path(__file__).parent / "templates"
     template = Environment(loader=FileSystemLoader(folder), autoescape=True).get_template("parity.html")
-    return template.render(record=record, rows=_rows(verdict), worst=_worst(verdict, images))
+    return template.render(
+        record=record, reference=reference, rows=_rows(verdict), worst=_worst(verdict, images, reference)
+    )
 
 
 def _rows(verdict: Verdict) -> list[dict[str, str]]:
@@ -78,7 +82,7 @@ def _rows(verdict: Verdict) -> list[dict[str, str]]:
     ]
 
 
-def _worst(verdict: Verdict, images: GateImages) -> list[dict[str, Any]]:
+def _worst(verdict: Verdict, images: GateImages, against: str) -> list[dict[str, Any]]:
     """The images whose masks agree least, with pictures."""
     if not verdict.columns:
         return []
@@ -96,7 +100,7 @@ def _worst(verdict: Verdict, images: GateImages) -> list[dict[str, Any]]:
                 },
                 "pictures": {
                     "image": _png(_with_boxes(images.images[index], images.boxes[index])),
-                    "torch": _png(_heat(reference)),
+                    against: _png(_heat(reference)),
                     "engine": _png(_heat(tested)),
                     "difference": _png(_heat(np.abs(tested.astype(np.float64) - reference) * 10)),
                 },

@@ -35,8 +35,8 @@ def check_file(path: Path) -> Manifest:
         UsageError: there is no manifest, or another one's.
     """
     manifest = read_sidecar(path)
-    if manifest.kind != "tensorrt" or manifest.backend is None:
-        raise UsageError(f"{path}.json is the manifest of an {manifest.kind} file; copy the plan's own beside it")
+    if manifest.kind != "tensorrt" or manifest.backend is None or not manifest.profiles:
+        raise UsageError(f"{path}.json is no plan's manifest; copy the plan's own beside it")
     if path.stat().st_size != manifest.build.get("bytes"):
         raise UsageError(
             f"{path} has {path.stat().st_size} bytes, its manifest says {manifest.build.get('bytes')}: it is truncated "

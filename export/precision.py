@@ -297,14 +297,16 @@ def add_judging(flags: Parser) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Rewrite, judge, write."""
     arguments = parser().parse_args(argv)
-    from export.files import ensure_writable
+    from export.files import check_local, ensure_writable
     from export.judged import Judging, write_judged
     from export.source import calibration_images, open_source
     from export.verify import progress_bar
 
+    check_local(arguments, "model", "onnx", "out", "parity_data", "calib_data")
     out = Path(arguments.out)
     if out.suffix != ".onnx":
         raise UsageError(f"--out {out}: the name has to end in .onnx")
+    judging = Judging.of(arguments)
     ensure_writable(out)
     source = open_source(arguments)
     calibration = calibration_images(source, arguments) if arguments.precision in CALIBRATED else None
@@ -317,7 +319,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = ["python", "-m", "export.precision", *(argv if argv is not None else sys.argv[1:])]
     manifest = source.describe(rewritten, calibration, arguments.calib_method, rebuild=shlex.join(words))
     write_judged(
-        rewritten.model, manifest, source, out, Judging.of(arguments), stand_in=rewritten.stand_in,
+        rewritten.model, manifest, source, out, judging, stand_in=rewritten.stand_in,
         notes=rewritten.notes, say=print,
     )  # fmt: skip
     print(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB)")

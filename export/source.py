@@ -113,9 +113,8 @@ def open_source(arguments: Any, config: GraphConfig | None = None, opset: int | 
     from export.trace import DEFAULT_OPSET
     from pipeline.bundle import load_bundle
 
-    for name in ("calib_images", "parity_images"):
-        if getattr(arguments, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: use a number from 1 up")
+    if arguments.calib_images < 1:
+        raise UsageError(f"--calib-images {arguments.calib_images}: use a number from 1 up")
     if arguments.onnx is not None:
         return from_graph(Path(arguments.onnx))
     bundle = load_bundle(arguments.model)

@@ -68,8 +68,10 @@ def parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Build, judge, write; or only judge."""
     arguments = parser().parse_args(argv)
+    from export.files import check_local
     from export.judged import Judging
 
+    check_local(arguments, "model", "onnx", "out", "parity_data", "calib_data", "timing_cache", "triton")
     out = Path(arguments.out)
     if out.suffix not in (".plan", ".engine", ".trt"):
         raise UsageError(f"--out {out}: the name has to end in .plan")
@@ -94,6 +96,7 @@ def make(arguments: Any, out: Path, judging: Judging, *, rebuild: str) -> Manife
     from export.graph import GraphConfig
     from export.judged import judge_engine, serialise
     from export.source import calibration_images, open_source
+    from export.throughput import measured
 
     name = graph_name(arguments)
     config = build_config(arguments)
@@ -102,6 +105,8 @@ def make(arguments: Any, out: Path, judging: Judging, *, rebuild: str) -> Manife
     ensure_writable(out)
     if config.timing_cache is not None:
         ensure_writable(config.timing_cache, "--timing-cache")
+    if arguments.triton:
+        ensure_writable(Path(arguments.triton) / out.stem / "config.pbtxt", "--triton")
     source = open_source(arguments, GraphConfig(mask_dtype=arguments.mask_dtype or "float"), arguments.opset)
     print(f"source: {source.path} ({source.manifest.architecture}), {name} with {backend.name} {backend.version}")
     calibration = calibration_images(source, arguments) if name in CALIBRATED else None
@@ -116,7 +121,10 @@ def make(arguments: Any, out: Path, judging: Judging, *, rebuild: str) -> Manife
         engine, source, out, judging, notes=[*rewritten.notes, *built.notes, *notes], say=print,
         batches=batch_sizes_of(config.profiles),
     )  # fmt: skip
-    manifest = manifest.model_copy(update={"parity": parity, "throughput": measure(engine, source, manifest)})
+    rates = measured(engine, source.images(None, 8, "--parity-data").images, opt=manifest.profiles[0].opt)
+    if engine.info.kind != "tensorrt":
+        rates["on"] += ": the graph's speed, not the engine's"
+    manifest = manifest.model_copy(update={"parity": parity, "throughput": rates})
     write_engine(out, graph, built.plan, manifest)
     print(f"wrote {out}, {out.name}.json and {out.name}.onnx")
     if arguments.triton:
@@ -244,21 +252,6 @@ def open_built(
     data = graph if rewritten.stand_in is None else serialise(rewritten.stand_in, manifest)
     threads = judging.threads or default_threads()
     return OnnxEngine(compiled_graph(out), provider="cpu", threads=threads, data=data), [note]
-
-
-def measure(engine: Engine, source: Source, manifest: Manifest) -> dict[str, Any]:
-    """Images per second of what the gate ran, at batch 1 and at the first profile's opt."""
-    from export.throughput import images_per_second
-
-    images = source.images(None, 8, "--parity-data").images
-    on_cpu = engine.info.provider == "cpu"
-    opt = manifest.profiles[0].opt
-    rates = {
-        str(batch): round(images_per_second(engine, images, batch=batch, seconds=1.0), 1)
-        for batch in sorted({1, min(opt, 8) if on_cpu else opt})
-    }
-    where = manifest.gpu if not on_cpu else f"CPU, {engine.info.kind}: not the engine's own speed"
-    return {"images_per_second": rates, "on": where}
 
 
 def write_engine(out: Path, graph: bytes, plan: bytes, manifest: Manifest) -> None:

@@ -11,15 +11,14 @@ from export.engine import (
     Engine,
     EngineInfo,
     OnnxEngine,
-    Provider,
     default_threads,
     open_engine,
-    precision_of,
 )
 from export.files import file_sha256
 from export.gate import Verdict
 from export.gate_images import GateImages
 from export.gpu import gpus
+from export.session import Provider, precision_of
 from pipeline.bundle import Bundle
 from pipeline.errors import UsageError
 
@@ -78,8 +77,7 @@ def matching_bundle(info: EngineInfo, bundle: Bundle) -> None:
 
 def hard_masks(bundle: Bundle) -> bool:
     """Whether the masker's masks hold only 0 and 1."""
-    concrete = bundle.spec.masker.concrete
-    return concrete is not None and concrete.get("mode", "hard") == "hard"
+    return bundle.spec.masker.binary
 
 
 def verdict_lines(verdict: Verdict, images: GateImages, notes: list[str]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -115,6 +116,29 @@ def exported(bundle: Bundle) -> SimpleNamespace:
     return SimpleNamespace(path=path, manifest=export_onnx(bundle, path))
 
 
+@pytest.fixture(scope="session")
+def export_of(make_bundle) -> Callable[..., SimpleNamespace]:
+    """``export_of("timm:NAME", config, ...)``: a bundle of `make_bundle` and its `export.onnx`, made once.
+
+    Returns ``bundle``, ``path`` and ``manifest``; `export_onnx` raises unless the gate passes.
+    """
+    from export.graph import GraphConfig
+    from export.onnx import export_onnx
+
+    made: dict[str, SimpleNamespace] = {}
+
+    def export(name: str, config: GraphConfig | None = None, **options) -> SimpleNamespace:
+        key = repr((name, config, options))
+        if key not in made:
+            bundle = make_bundle(name, samples=8, **options)
+            path = bundle.path.parent / "model.onnx"
+            manifest = export_onnx(bundle, path, config=config)
+            made[key] = SimpleNamespace(bundle=bundle, path=path, manifest=manifest)
+        return made[key]
+
+    return export
+
+
 @pytest.fixture
 def complaint(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """``complaint(command, *words, status=2)``: what a command says on stderr: one line, no traceback, that status."""
@@ -133,9 +157,20 @@ def complaint(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
 
 @pytest.fixture
-def full_disk() -> Iterator[None]:
-    """While this lasts, no file can grow beyond 1 MiB; the error differs from a full disk's in its number only."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+def room_for() -> Callable[[int], AbstractContextManager[None]]:
+    """``with room_for(size):`` no file grows beyond that many bytes; the error differs from a full disk's in its number.
+
+    For the command alone, not for the whole test: the limit is the process's, and pytest's own output may be a longer
+    file.
+    """
+
+    @contextmanager
+    def limit(size: int) -> Iterator[None]:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limit

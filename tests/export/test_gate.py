@@ -139,6 +139,28 @@ def test_a_failure_exits_with_1_and_shows_the_worst(exported, bundle, tmp_path, 
     assert "Failed" in Path(f"{path}.parity.html").read_text()
 
 
+def test_an_engine_that_answers_no_numbers(exported, bundle, tmp_path, complaint):
+    model = onnx.load(exported.path)
+    rewire(
+        model, "mask", helper.make_node("Mul", ["before", "nothing"], ["mask"]), nothing=np.array(np.nan, np.float32)
+    )
+    path, report = tmp_path / "model.onnx", tmp_path / "report.html"
+    onnx.save(model, path)
+    words = ("--model", bundle.path, "--engine", path, "--images", 3, "--threads", 1, "--report", report)
+    assert "mask_max_abs is nan" in complaint(command, *words, status=1)
+    record = json.loads(report.with_suffix(".json").read_text(), parse_constant=pytest.fail)  # no NaN, which is no JSON
+    assert record["figures"]["mask_max_abs"] is None and not record["passed"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "report.html", "report.json"]
+
+
+def test_a_report_that_finds_no_room_for_its_pictures(exported, bundle, tmp_path, complaint, room_for):
+    words = ("--model", bundle.path, "--engine", exported.path, "--images", 2, "--threads", 1)
+    with room_for(20_000):
+        line = complaint(command, *words, "--report", tmp_path / "report.html")
+    assert "cannot write" in line
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_engine_of_another_bundle(exported, make_bundle, complaint):
     other = make_bundle(samples=2, target_area=True)
     line = complaint(command, "--model", other.path, "--engine", exported.path)

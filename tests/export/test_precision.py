@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -15,6 +16,7 @@ from export.engine import open_engine
 from export.gate_images import from_samples
 from export.lowering import emulate, lower
 from export.precision import SMALL_LAYER, Rewriter, sensitive_nodes
+from export.session import open_session
 from export.source import from_graph
 from pipeline.errors import UsageError
 
@@ -106,6 +108,57 @@ def test_int8_for_the_cpu(source, images):
     expected, found = infer(source.model, images.images), infer(model, images.images)
     assert np.abs(found[0] - expected[0]).max() < 0.5 * expected[0].std()
     assert np.abs(found[1] - expected[1]).mean() < 0.05
+
+
+def test_a_layer_that_is_kept_stays_in_float32_when_it_runs(source, images):
+    """ONNX Runtime would quantise it with one scale for all channels: beside a channel of huge weights nothing is left."""
+    model = onnx.ModelProto()
+    model.CopyFrom(source.model)
+    readers = {name: node.op_type for node in model.graph.node for name in node.input}
+    rewriter = Rewriter(model, "int8-cpu", calibration=images)
+    layers = [node for node in nodes(model, "Conv") if node.name in rewriter.candidates()]
+    layer = next(node for node in layers[4:] if readers[node.output[0]] == "Relu")
+    for place, level in ((1, 1e4), (2, -1e8)):  # the channel says nothing: what is left of it is cut off by the Relu
+        tensor = next(t for t in model.graph.initializer if t.name == layer.input[place])
+        value = numpy_helper.to_array(tensor).copy()
+        value[0] = level
+        tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
+    graph = rewriter.rewrite([layer.name]).model
+    kept = next(node for node in nodes(graph, "Conv") if node.name == layer.name)
+    assert weights(graph, kept).data_type == TensorProto.FLOAT
+    session, _ = open_session(Path("int8.onnx"), "cpu", 1, graph.SerializeToString())
+    found = np.asarray(session.run(["logits"], {"image": images.images})[0])
+    expected = infer(graph, images.images, fuse=False)[0]
+    assert np.abs(found - expected).mean() < 0.1 * expected.std()
+
+
+def test_sums_of_int8_products_do_not_saturate(tmp_path):
+    """255 * 127 + 255 * 127 does not fit 16 bits, which is what processors without VNNI add in."""
+    ones = {
+        "one": np.array(1.0, np.float32),
+        "weights": np.full((1, 64, 1, 1), 127, np.int8),
+        "scales": np.ones(1, np.float32),
+    }
+    constants = ones | {"zero": np.array(0, np.uint8), "zeros": np.zeros(1, np.int8), "step": np.array(1e4, np.float32)}
+    make = onnx.helper.make_node
+    graph = onnx.helper.make_graph(
+        [
+            make("QuantizeLinear", ["x", "one", "zero"], ["xq"]),
+            make("DequantizeLinear", ["xq", "one", "zero"], ["xd"]),
+            make("DequantizeLinear", ["weights", "scales", "zeros"], ["wd"], axis=0),
+            make("Conv", ["xd", "wd"], ["sum"]),
+            make("QuantizeLinear", ["sum", "step", "zero"], ["yq"]),
+            make("DequantizeLinear", ["yq", "step", "zero"], ["y"]),
+        ],
+        "sum",
+        [onnx.helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 64, 8, 8])],
+        [onnx.helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 1, 8, 8])],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+    session, _ = open_session(tmp_path / "sum.onnx", "cpu", 1, model.SerializeToString())
+    found = np.asarray(session.run(None, {"x": np.full((1, 64, 8, 8), 255, np.float32)})[0])
+    assert np.abs(found - 64 * 255 * 127).max() <= 1e4
 
 
 def test_int8_for_tensorrt(source, images):

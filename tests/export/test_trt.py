@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import onnx
 import pytest
@@ -18,6 +19,7 @@ from export.gpu import Gpu, gpus
 from export.manifest import Manifest, Profile, read_sidecar
 from export.plan_engine import check_fit, served
 from export.triton import configuration
+from pipeline.bundle import Bundle
 from pipeline.data.planted import write_planted
 from pipeline.errors import UsageError
 from serving import batch
@@ -25,19 +27,20 @@ from serving import batch
 without_gpu = pytest.mark.skipif(bool(gpus()), reason="this machine has a GPU")
 
 
-def build(bundle, out, *words: object) -> Manifest:
-    """An engine for batches of up to 4, calibrated on 8 images and judged on 8."""
-    flags = ["--model", bundle.path, "--out", out, "--backend", "tensorrt-rtx", "--quantiser", "onnxruntime"]
+def build(source: Bundle | Path, out: Path, *words: object) -> Manifest:
+    """An engine of a bundle or a graph, for batches of up to 4, judged on 8 images."""
+    start = ["--onnx", source] if isinstance(source, Path) else ["--model", source.path]
+    flags = [*start, "--out", out, "--backend", "tensorrt-rtx", "--quantiser", "onnxruntime"]
     trt.main([str(word) for word in (*flags, "--parity-images", 8, "--batch", "1,2,4", *words)])
     return read_sidecar(out)
 
 
 @pytest.fixture(scope="module")
-def engines(bundle, tmp_path_factory):
+def engines(bundle, exported, tmp_path_factory):
     """fp32, fp16 and int8 engines of one bundle: path by precision."""
     folder = tmp_path_factory.mktemp("engines")
-    for name in ("fp32", "fp16", "int8"):
-        build(bundle, folder / f"{name}.plan", "--precision", name, "--calib-images", 8)
+    for name, source in (("fp32", exported.path), ("fp16", exported.path), ("int8", bundle)):
+        build(source, folder / f"{name}.plan", "--precision", name, "--calib-images", 8)
     return {name: folder / f"{name}.plan" for name in ("fp32", "fp16", "int8")}
 
 
@@ -76,9 +79,9 @@ def test_without_a_gpu_the_gate_runs_the_compiled_graph_and_says_so(engines, bun
 
 
 @without_gpu
-def test_bf16_is_built_and_emulated(bundle, tmp_path, capsys):
+def test_bf16_is_built_and_emulated(bundle, exported, tmp_path, capsys):
     out = tmp_path / "model.plan"
-    manifest = build(bundle, out, "--precision", "bf16")
+    manifest = build(exported.path, out, "--precision", "bf16")
     assert manifest.precision == "bf16" and manifest.opset == 22
     assert "bf16 was emulated" in capsys.readouterr().out
     trt.main(["--model", str(bundle.path), "--out", str(out), "--verify-only", "--parity-images", "4"])
@@ -125,6 +128,8 @@ def test_aliases_and_options_of_the_builder(exported, tmp_path, capsys):
     onnx.checker.check_model(str(folder / "1" / "model.onnx"))
     assert "max_batch_size: 8" in (folder / "config.pbtxt").read_text()
     assert len((folder / "labels.txt").read_text().splitlines()) == 10
+    doctor.main([str(folder)])
+    assert "serves      model.onnx" in capsys.readouterr().out
     assert 'platform: "tensorrt_plan"' in configuration("model", manifest, plan=True)
 
 
@@ -140,6 +145,12 @@ def test_aliases_and_options_of_the_builder(exported, tmp_path, capsys):
         (["--keep-fp32", "Nonsense"], "--keep-fp32 Nonsense"),
         (["--out", "model.onnx"], "has to end in .plan"),
         (["--parity-images", "0"], "--parity-images 0"),
+        (["--parity-data", "s3://bucket/set"], "--parity-data s3://bucket/set: an export reads and writes local files"),
+        (["--out", "s3://bucket/model.plan"], "--out s3://bucket/model.plan: an export reads and writes local files"),
+        (["--threads", "0"], "--threads 0: use a number from 1 up"),
+        (["--max-drop", "nan"], "--max-drop nan: use a share between 0 and 1"),
+        (["--calib-images", "-1"], "--calib-images -1"),
+        (["--triton", "/dev/null/models"], "cannot write /dev/null/models/model/config.pbtxt"),
         (["--mask-dtype", "uint8"], "--mask-dtype: the graph of --onnx has it already"),
         (["--opset", "18"], "--opset: the graph of --onnx has it already"),
         *([] if gpus() else [(["--refit"], "--refit: tensorrt-rtx builds refittable plans where there is a GPU only")]),
@@ -173,11 +184,13 @@ def test_a_graph_that_is_none_of_ours(tmp_path, complaint):
     assert "is an ONNX file of something else" in complaint(trt, "--onnx", path, "--out", tmp_path / "model.plan")
 
 
-def test_targets_that_cannot_be_written(bundle, exported, tmp_path, complaint, full_disk):
+def test_targets_that_cannot_be_written(bundle, exported, tmp_path, complaint, room_for):
     (tmp_path / "file").write_text("")
     words = ("--onnx", exported.path, "--backend", "tensorrt-rtx", "--parity-images", 2, "--out")
     assert "cannot write" in complaint(trt, *words, tmp_path / "file" / "model.plan")
-    assert "cannot write" in complaint(trt, *words, tmp_path / "out" / "model.plan")  # no room
+    with room_for(1 << 20):
+        line = complaint(trt, *words, tmp_path / "out" / "model.plan")
+    assert "cannot write" in line
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -265,12 +278,12 @@ def test_tensorrt_itself_wants_a_gpu(tmp_path, complaint, exported):
         ("timm:vit_tiny_patch16_224", {"arguments": {"img_size": 64, "depth": 2}}, ("fp16", "fp8")),
     ],
 )
-def test_every_kind_of_backbone_in_low_precision(make_bundle, tmp_path, name, options, precisions):
-    made = make_bundle(name, **options)
+def test_every_kind_of_backbone_in_low_precision(export_of, tmp_path, name, options, precisions):
+    made = export_of(name, **options)
     write_planted(tmp_path / "data", size=72, per_class_train=2, per_class_val=1)
     for precision in precisions:
         words = ["--precision", precision, "--calib-data", tmp_path / "data", "--calib-images", 16]
-        manifest = build(made, tmp_path / f"{precision}.plan", *words)  # raises unless the gate passes
+        manifest = build(made.path, tmp_path / f"{precision}.plan", *words)  # raises unless the gate passes
         if manifest.calibration is not None:
             assert manifest.calibration.source == str(tmp_path / "data") and manifest.calibration.images == 16
 
@@ -302,6 +315,30 @@ def test_the_doctor_explains_every_artefact(engines, exported, bundle, tmp_path,
     (tmp_path / "notes.txt").write_text("")
     assert "nothing that this project writes" in complaint(doctor, tmp_path / "notes.txt", status=1)
     assert "no such file" in complaint(doctor, tmp_path / "missing.onnx")
+
+
+def test_the_doctor_explains_what_lies_around_an_engine(bundle, exported, tmp_path, capsys, complaint):
+    def said(path) -> str:
+        doctor.main([str(path)])
+        return capsys.readouterr().out
+
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "bundle").symlink_to(bundle.path)
+    assert "a training run" in said(run) and "classifier  torchvision:resnet18" in said(run)
+    assert "give the folder that it lies in" in complaint(doctor, bundle.path / "samples.safetensors", status=1)
+    report = tmp_path / "m.parity.html"
+    words = ["--model", bundle.path, "--engine", exported.path, "--images", 2, "--report", report]
+    parity.main([str(word) for word in words])
+    capsys.readouterr()
+    assert "a parity report" in said(report) and "verdict     passed" in said(tmp_path / "m.parity.json")
+    record = json.loads((tmp_path / "m.parity.json").read_text())
+    (tmp_path / "m.parity.json").write_text(json.dumps(record | {"passed": False}))
+    assert "failed the parity gate; see m.parity.html" in complaint(doctor, tmp_path / "m.parity.json", status=1)
+    (tmp_path / "m.parity.json").write_text("[]")
+    assert "is no parity report" in complaint(doctor, tmp_path / "m.parity.json", status=1)
+    (tmp_path / "config.pbtxt").write_text("")
+    assert "holds no model" in complaint(doctor, tmp_path, status=1)
 
 
 def test_impossible_settings_are_refused_before_any_work():
