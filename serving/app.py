@@ -24,8 +24,11 @@ from serving.http_jobs import add_jobs
 from serving.jobs import JobManager
 from serving.metrics import Metrics, text
 from serving.models import Models
+from serving.proxy import turn_on
 
 RETRY_AFTER_SECONDS = 1
+OTHER_REQUESTS = 16
+"""Requests that a replica takes besides those that its queue of images has room for."""
 TELL_SECONDS = 5.0
 LOGGING = {"encoding": "JSON", "log_level": "INFO", "enable_access_log": True}
 
@@ -110,13 +113,14 @@ def build(args: dict[str, Any]) -> serve.Application:
         config = parse_config(args)
     except UsageError as error:
         raise WrongArguments(str(error)) from error
+    turn_on()
     fewest, most = config.replica_range()
-    # A replica takes more requests than it will hold images, so that it is the one who answers 429, in our own words;
-    # behind that stand Serve's own limits, which answer the same without a body of ours.
-    ongoing = 2 * config.max_queue + 32
+    # As many requests as a replica may hold images, so that no batch is cut short, and some of other routes.  Beyond it the
+    # proxies answer 429 by themselves: asking a replica, under an overload, would cost the time that scoring needs.  As many
+    # again may wait in a proxy: all that come at once do for a moment, and those that come while a replica is replaced.
     options: dict[str, Any] = {
-        "max_ongoing_requests": ongoing,
-        "max_queued_requests": ongoing,
+        "max_ongoing_requests": config.max_queue + OTHER_REQUESTS,
+        "max_queued_requests": config.max_queue + OTHER_REQUESTS,
         "backpressure_config": {"status_code": 429, "retry_after_s": RETRY_AFTER_SECONDS},
         "ray_actor_options": {"num_cpus": config.cpus, "num_gpus": config.gpus},
         "health_check_period_s": 5,

@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pipeline.data import store
+from pipeline.data import folders, store
 from pipeline.errors import WorkError
 from serving.ledger import Ledger
 
@@ -26,7 +26,7 @@ def attempt(ledger: Ledger, job: str, key: str) -> Iterator[bool]:
         WorkError: the shard has killed too many workers.
     """
     prefix = f"attempt-{job}-{key}-"
-    died = sum(store.name_of(entry.place).startswith(prefix) for entry in store.list_folder(ledger.temporary))
+    died = sum(store.name_of(entry.place).startswith(prefix) for entry in folders.list_folder(ledger.temporary))
     if died >= GIVE_UP_AFTER:
         raise WorkError(
             f"shard {key} has killed its worker {died} times, whatever its images; look at memory and at the engine"

@@ -2,9 +2,13 @@
 
     python -m serving.batch --engine model.onnx --input photos/ --output scores/
 
-Running it again does only what is missing.  A new engine or setting begins a new version: the shards of the old one go to
-``OUTPUT/_versions/`` and come back when its engine and settings do.  ``OUTPUT`` read as a Parquet data set is exactly one
-row per input of the current version; see `serving.ledger` for the rest of the folder and `serving.rows` for the columns.
+Running it again does only what is missing: an output that is not finished goes on with the plan that it was begun with, and
+nothing of the input is listed before that is done; then it takes up what has come or changed since.  A new engine or setting
+begins a new version: the shards of the old one go to ``OUTPUT/_versions/`` and come back when its engine and settings do.
+``OUTPUT`` read as a Parquet data set is exactly one row per input of the current version.  See `serving.ledger` for the rest
+of the folder and `serving.rows` for the columns.
+
+A tar file is one shard, scored by one worker: archives of about a gigabyte suit.
 """
 
 from __future__ import annotations
@@ -59,6 +63,13 @@ def parser() -> Parser:
         help="larger images are error rows (default: 1e8)",
     )
     add("--draft", action="store_true", help="decode large JPEGs at 1/2, 1/4 or 1/8 of their size: faster, not exact")
+    add(
+        "--topk",
+        type=_count,
+        default=0,
+        metavar="K",
+        help="store the masks of the K best classes too (class-conditional engines; default: 0)",
+    )
     add("--column", metavar="NAME", help="column of images or URIs, in Parquet (default: found by type and name)")
     add("--retry-errors", action="store_true", help="score images again that ended in an error row")
     add(
@@ -68,11 +79,7 @@ def parser() -> Parser:
         metavar="N",
         help="draw the N most and N least confident, in OUTPUT/_overlays",
     )
-    add(
-        "--stored-plan",
-        action="store_true",
-        help="go on with the plan that OUTPUT was begun with, without listing the input again",
-    )
+    add("--new-plan", action="store_true", help="list the input again, although OUTPUT is not finished")
     what = result.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="print what is left and what it will cost; write nothing")
     what.add_argument("--status", action="store_true", help="print how far the jobs of OUTPUT have come")
@@ -139,6 +146,7 @@ class Bar:
         if progress.scored and self._patience is not None:
             self._patience.cancel()
             self._patience = None
+        self._bar.total = progress.total
         self._bar.set_postfix_str(f"{progress.errors} errors", refresh=False)
         self._bar.update(progress.done - self._bar.n)
 
@@ -162,6 +170,8 @@ def _announce(prepared: Prepared) -> None:
         else f"{len(plan.shards)} shards of inputs (tar files are counted as they are read)"
     )
     print(f"{total}, {_megabytes(plan.size)}, in {len(plan.shards)} shards; version {prepared.version.id}")
+    if not prepared.listed:
+        print("the plan that the output was begun with; the input is listed again after it (--new-plan: before)")
     if plan.others:
         others = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in plan.others.items())
         print(f"left out: {sum(plan.others.values())} other files ({others})")

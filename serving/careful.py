@@ -15,13 +15,11 @@ import threading
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from pipeline.data.decode import ImageError
+from serving import watchdog
 from serving.rows import Seen
 
 if TYPE_CHECKING:
     from serving.decoder import DecoderConfig
-
-SECONDS = 120.0
-"""Time for one picture; the largest that are allowed take some seconds."""
 
 
 class CarefulDecoder:
@@ -70,10 +68,10 @@ class CarefulDecoder:
 
         threading.Thread(target=read, daemon=True).start()
         try:
-            message = found.get(timeout=SECONDS)
+            message = found.get(timeout=watchdog.SECONDS)
         except queue.Empty:
             self.close()
-            raise ImageError("undecodable", f"not decoded in {SECONDS:.0f} s") from None
+            raise ImageError("undecodable", f"not decoded in {watchdog.SECONDS:.0f} s") from None
         if message is None:
             raise EOFError
         return pickle.loads(message)  # noqa: S301 - of our own child

@@ -52,10 +52,11 @@ def connect() -> None:
                 ray.init(address=address, **options)
             else:
                 ray.init(address="local", include_dashboard=False, **options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # a node that is too slow to start raises one without a name
         reason = " ".join(str(error).split())[:200]
         where = f"the cluster at RAY_ADDRESS={address}" if address else "a cluster on this machine"
-        raise WorkError(f"no Ray: cannot use {where} ({reason}); correct or unset RAY_ADDRESS") from error
+        remedy = "correct or unset RAY_ADDRESS" if address else "run the command again when the machine is less busy"
+        raise WorkError(f"no Ray: cannot use {where} ({reason}); {remedy}") from error
 
 
 @contextmanager

@@ -75,6 +75,21 @@ def load(row: Row, *, size: tuple[int, int] | None = None, original: bool = Fals
     return cv2.resize(mask, (size[1], size[0]), interpolation=cv2.INTER_LINEAR if smooth else cv2.INTER_NEAREST_EXACT)
 
 
+def of_class(row: Row, label: int) -> dict[str, Any]:
+    """The row as if ``label`` had been predicted: its score, mask, area and box, for every other function here.
+
+    Raises:
+        ValueError: the row has no mask of this class (``serving.batch --topk`` stores those of the best).
+    """
+    best = row.get("topk")
+    chosen = next((one for one in (best if best is not None else ()) if one["label"] == label), None)
+    if chosen is None:
+        known = [one["label"] for one in best] if best is not None else []
+        raise ValueError(f"{row['uri']}: no mask of class {label}; the row has those of {known or 'no class'}")
+    found = {**row, **chosen}
+    return found | {"area": area(found), "box": box(found)}
+
+
 def stack(pngs: Iterable[bytes]) -> np.ndarray:
     """Masks (N, h, w) uint8 of a column of PNGs, all of one engine: ``stack(table["mask"].drop_null().to_pylist())``."""
     return np.stack([decode_mask(png) for png in pngs])

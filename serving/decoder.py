@@ -20,6 +20,7 @@ from serving.careful import CarefulDecoder
 from serving.plan import Shard
 from serving.rows import Seen
 from serving.sources import Source, printable, sources
+from serving.watchdog import Watchdog
 
 STORE_FAILURES = 4
 """So many unanswered reads in one shard are the store's fault, and no reason to write rows of errors."""
@@ -85,11 +86,17 @@ class Decoder:
     ) -> Iterator[Decoded]:
         """Decode numbered sources in order, some ahead of whoever takes them."""
         config = self.config
-        elsewhere = CarefulDecoder(config)
-        see = elsewhere.see if careful else self.see
+        elsewhere, watchdog = CarefulDecoder(config), Watchdog()
+
+        def see(data: bytes) -> Seen:
+            if careful:  # it has a clock of its own
+                return elsewhere.see(data)
+            with watchdog.picture():
+                return self.see(data)
+
         threads = max(READERS_REMOTE, self.config.threads) if remote else self.config.threads
         self._store_failures = 0
-        with ThreadPoolExecutor(threads, initializer=single_threaded) as pool:
+        with watchdog, ThreadPoolExecutor(threads, initializer=single_threaded) as pool:
             yield from _ahead(pool, lambda one: self._one(one, see), found, config.ahead + threads)
         elsewhere.close()
 

@@ -1,30 +1,26 @@
-"""The HTTP face of a replica: its routes, and what stands before all of them."""
+"""The HTTP face of a replica: its routes."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
-import logging
-import time
-import uuid
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from pipeline.data.decode import ImageError
 from serving.codec import encode_png, overlay
-from serving.config import ServiceConfig, authorised, foreign
+from serving.config import ServiceConfig
 from serving.http_body import Admission, read_images
-from serving.http_errors import ErrorAnswer, ServiceError, add_errors, described_errors, refusal
+from serving.http_errors import ErrorAnswer, ServiceError, add_errors, described_errors
+from serving.http_guard import Guard, describe_tokens
 from serving.metrics import CONTENT_TYPE, Metrics
 from serving.models import DEFAULT, Model, Models
 from serving.predictor import Picture
-
-log = logging.getLogger("ray.serve")  # which writes the log of a replica, with request ids
 
 STATIC = Path(__file__).with_name("static")
 PAGE_FILES = {
@@ -35,11 +31,17 @@ PAGE_FILES = {
 STATUS = {"undecodable": 422, "unreadable": 422, "too_many_pixels": 413, "too_large": 413, "too_many_images": 413}
 OPEN_ROUTES = ("/healthz", *PAGE_FILES)
 """What answers without a token: the health check, and the page itself, which asks for the token."""
-HEADERS = {
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; frame-ancestors 'none'; base-uri 'none'",
-}
+
+
+class Wish(BaseModel):
+    """What a request may ask for besides its images."""
+
+    topk: int | None = Field(default=None, ge=1, le=1000)
+    """Classes in ``topk``; by default as many as the service was told."""
+    opacity: float = Field(default=0.5, ge=0, le=1)
+    """Of the mask in an overlay; 0 gives the picture as it was decoded."""
+    box: bool = True
+    """Whether an overlay shows the box."""
 
 
 class Service(Protocol):
@@ -101,10 +103,11 @@ def build_api(service: Service) -> FastAPI:
         redoc_url=None,
         docs_url=None,
     )
-    api.middleware("http")(_guard(service))
+    api.add_middleware(Guard, service=service, open_routes=OPEN_ROUTES)
     add_errors(api, service.metrics)
     add_scoring(api, service)
     add_pages(api, service)
+    describe_tokens(api, needed=bool(service.config.token_digests))
     return api
 
 
@@ -123,37 +126,35 @@ def add_scoring(api: FastAPI, service: Service) -> None:
     }
 
     @api.post("/v1/saliency", **described)
-    async def saliency(request: Request, topk: int | None = Query(default=None, ge=1, le=1000)) -> Response:
+    async def saliency(request: Request, wish: Annotated[Wish, Query()]) -> Response:
         """Class, saliency mask and box of one image (the body) or of several (multipart).
 
-        ``Accept: image/png`` gives the image with its mask drawn over it instead of JSON.
+        ``Accept: image/png`` gives the image, upright, with its mask and box drawn over it instead of JSON.
         """
-        return await answer(request, topk, DEFAULT)
+        return await answer(request, wish, DEFAULT)
 
     @api.post("/v1/models/{name}/saliency", **described | {"responses": described["responses"] | described_errors(404)})
-    async def saliency_of(
-        name: str, request: Request, topk: int | None = Query(default=None, ge=1, le=1000)
-    ) -> Response:
+    async def saliency_of(name: str, request: Request, wish: Annotated[Wish, Query()]) -> Response:
         """The same by another engine of this service."""
-        return await answer(request, topk, name)
+        return await answer(request, wish, name)
 
     @api.get("/v1/models", response_model=list[str], responses=described_errors())
     async def models() -> Response:
         """Names of the further engines of this service."""
         return JSONResponse(service.models.names)
 
-    async def answer(request: Request, topk: int | None, name: str) -> Response:
+    async def answer(request: Request, wish: Wish, name: str) -> Response:
         drawn = wants_picture(request.headers.get("accept", ""))
         if name not in service.models:
             raise ServiceError(404, "not_found", f"no model {name[:100]}")
-        count = service.config.top_k if topk is None else topk
         try:
             async with asyncio.timeout(service.config.timeout_s):
-                return await answer_in_time(request, count, name, drawn=drawn)
+                return await answer_in_time(request, wish, name, drawn=drawn)
         except TimeoutError as error:
             raise ServiceError(503, "timeout", "the image was not scored in time; try again", retry_after=1) from error
 
-    async def answer_in_time(request: Request, count: int, name: str, *, drawn: bool) -> Response:
+    async def answer_in_time(request: Request, wish: Wish, name: str, *, drawn: bool) -> Response:
+        count = service.config.top_k if wish.topk is None else wish.topk
         with service.admission.place(service.config) as place:
             images = await read_images(request, service.config, place)
             if drawn and len(images) > 1:
@@ -167,7 +168,7 @@ def add_scoring(api: FastAPI, service: Service) -> None:
                 if drawn:
                     assert not isinstance(found[0], ImageError)
                     picture, row = found[0]
-                    png = await model.predictor.run(_draw, picture.copy, row)
+                    png = await model.predictor.run(_draw, picture.copy, row, wish)
                     return Response(png, media_type="image/png")
         for item in found:
             if isinstance(item, ImageError):
@@ -179,7 +180,14 @@ def add_scoring(api: FastAPI, service: Service) -> None:
 def add_pages(api: FastAPI, service: Service) -> None:
     """The page, the health check and the metrics."""
 
-    @api.get("/healthz", response_model=Health, responses=described_errors() | {503: {"model": Health}})
+    health_errors = {status: what for status, what in described_errors().items() if status != 401}
+
+    @api.get(
+        "/healthz",
+        response_model=Health,
+        responses=health_errors | {503: {"model": Health}},
+        openapi_extra={"security": []},
+    )
     async def healthz() -> Response:
         """Whether the replica that answers can score."""
         trouble = service.models.trouble
@@ -240,8 +248,8 @@ def wants_picture(accept: str) -> bool:
     return "image/png" in kinds and "application/json" not in kinds
 
 
-def _draw(image: Any, row: dict[str, Any]) -> bytes:
-    return encode_png(overlay(image, row))
+def _draw(image: Any, row: dict[str, Any], wish: Wish) -> bytes:
+    return encode_png(overlay(image, row, opacity=wish.opacity, draw_box=wish.box))
 
 
 def _fields(found: tuple[Picture, dict[str, Any]] | ImageError) -> dict[str, Any]:
@@ -250,36 +258,3 @@ def _fields(found: tuple[Picture, dict[str, Any]] | ImageError) -> dict[str, Any
     row = found[1]
     names = ("label", "class_name", "score", "topk", "box", "view", "area", "width", "height", "engine")
     return {name: row[name] for name in names} | {"mask": base64.b64encode(row["mask"]).decode()}
-
-
-def _guard(service: Service) -> Callable[[Request, Callable[[Request], Awaitable[Response]]], Awaitable[Response]]:
-    """Origin, token, request id, metrics and headers around every route; no exception leaves it with a trace."""
-
-    def refused(request: Request) -> Response | None:
-        digests = service.config.token_digests
-        wrong = None if digests else foreign(request.headers.get("host"), request.headers.get("origin"))
-        if wrong is not None:
-            return refusal(service.metrics, ServiceError(403, "foreign", wrong))
-        if request.url.path in OPEN_ROUTES or authorised(request.headers.get("authorization"), digests):
-            return None
-        message = "a bearer token is needed in the Authorization header"
-        response = refusal(service.metrics, ServiceError(401, "unauthorised", message))
-        response.headers["WWW-Authenticate"] = "Bearer"
-        return response
-
-    async def guard(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        begun = time.perf_counter()
-        identity = request.headers.get("x-request-id", "")[:64] or uuid.uuid4().hex
-        try:
-            response = refused(request) or await call_next(request)
-        except Exception:
-            log.exception("request %s failed", identity)
-            message = f"something went wrong here; the log has more under {identity}"
-            response = refusal(service.metrics, ServiceError(500, "internal", message))
-        route = getattr(request.scope.get("route"), "path", "other")
-        service.metrics.requests.labels(route, response.status_code).inc()
-        service.metrics.request_seconds.labels(route).observe(time.perf_counter() - begun)
-        response.headers.update(HEADERS | {"X-Request-Id": identity.encode("ascii", "replace").decode()})
-        return response
-
-    return guard

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from fastapi import FastAPI, Header, Request, Response
@@ -16,7 +17,7 @@ from serving.config import ServiceConfig
 from serving.http_body import read_body
 from serving.http_errors import ServiceError, described_errors
 from serving.jobs import JobConflict, JobRequest, TooManyJobs
-from serving.roots import OutsideRoots
+from serving.roots import OutsideRoots, outward
 
 MOST_BYTES = 65536
 """Of the body of a job request."""
@@ -34,7 +35,7 @@ class JobService(Protocol):
 
 
 class Job(BaseModel):
-    """The state of a job."""
+    """The state of a job; places below the service's first root are given relative to it, as a request may name them."""
 
     id: str
     state: str
@@ -78,23 +79,42 @@ def add_jobs(api: FastAPI, service: JobService) -> None:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "body"
             raise ServiceError(422, "bad_request", f"{where}: {first['msg']}") from error
-        job = await in_time(_called(service.jobs.submit.remote(asked.model_dump(), idempotency_key)))
+        job = await called(service.jobs.submit.remote(asked.model_dump(), idempotency_key))
         return JSONResponse(job, status_code=202, headers={"Location": f"v1/jobs/{job['id']}"})
 
     @api.get("/v1/jobs", response_model=list[Job], responses=errors)
     async def listing() -> Response:
         """All jobs, the newest first."""
-        return JSONResponse(await in_time(_called(service.jobs.listing.remote())))
+        return JSONResponse(await called(service.jobs.listing.remote()))
 
     @api.get("/v1/jobs/{name}", response_model=JobDetails, responses=named_errors)
     async def get(name: str) -> Response:
         """How far a job is, and some of the images that could not be scored."""
-        return JSONResponse(_found(name, await in_time(_called(service.jobs.get.remote(name)))))
+        return JSONResponse(_found(name, await called(service.jobs.get.remote(name))))
 
     @api.delete("/v1/jobs/{name}", response_model=Job, responses=named_errors)
     async def cancel(name: str) -> Response:
         """End a job; the rows that are there stay, and the same request later goes on from them."""
-        return JSONResponse(_found(name, await in_time(_called(service.jobs.cancel.remote(name)))))
+        return JSONResponse(_found(name, await called(service.jobs.cancel.remote(name))))
+
+    async def called(call: Any) -> Any:
+        """The manager's answer or its complaint, which do not say where on this machine things are."""
+        try:
+            return told(await in_time(_called(call)))
+        except ServiceError as error:
+            raise ServiceError(error.status, error.kind, told(error.message), retry_after=error.retry_after) from error
+
+    def told(answer: Any) -> Any:
+        match answer:
+            case str():
+                engine = Path(service.config.engine)
+                return outward(answer.replace(str(engine), engine.name), service.config.roots)
+            case list():
+                return [told(item) for item in answer]
+            case dict():
+                return {name: told(item) for name, item in answer.items()}
+            case _:
+                return answer
 
     async def in_time(work: Awaitable[_T]) -> _T:
         try:

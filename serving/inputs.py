@@ -19,11 +19,12 @@ from typing import Literal
 
 from fsspec.utils import glob_translate
 
-from pipeline.data import store
+from pipeline.data import folders, store
+from pipeline.data.folders import Entry
 from pipeline.data.images import URI_NAMES
 from pipeline.data.listing import SPLITS, is_image_name
-from pipeline.data.store import Entry
 from pipeline.errors import UsageError
+from serving.lookup import looked_up
 
 Kind = Literal["image", "parquet", "tar"]
 
@@ -57,7 +58,7 @@ class Inputs:
         containers: list[tuple[Kind, Entry]] = []
         images = 0
         for entry in self._found():
-            kind = _kind(entry.place) if entry.size != store.NOT_REGULAR else None
+            kind = _kind(entry.place) if entry.size != folders.NOT_REGULAR else None
             if kind == "image":
                 images += 1
                 yield kind, entry
@@ -74,11 +75,11 @@ class Inputs:
         if self.shape == "glob":
             root = _fixed_part(self.place)
             pattern = _compiled(self.place)
-            found = store.walk(root, enter=self._enter) if store.is_remote(root) or Path(root).is_dir() else iter(())
+            found = folders.walk(root, enter=self._enter) if store.is_remote(root) or Path(root).is_dir() else iter(())
             return (entry for entry in found if pattern.match(entry.place))
         root = self.place
         skipped = store.join(root, "masks") if _is_dataset_root(root) else None
-        return store.walk(root, enter=lambda folder: folder != skipped and self._enter(folder))
+        return folders.walk(root, enter=lambda folder: folder != skipped and self._enter(folder))
 
     def _enter(self, folder: str) -> bool:
         if self.exclude is None:
@@ -99,7 +100,7 @@ def open_inputs(text: str, *, exclude: str | None = None) -> Inputs:
             return Inputs(place, _file_shape(place))
         if _is_glob(place):
             return Inputs(place, "glob", exclude)
-        if next(store.walk(place), None) is None:
+        if next(folders.walk(place), None) is None:
             raise UsageError(
                 f"--input {text}: no such object, and nothing below it; give a folder, a file, a list or a glob"
             )
@@ -148,12 +149,12 @@ def _single(place: str) -> Entry:
         about = Path(place).stat()
         return Entry(place, about.st_size, str(about.st_mtime_ns))
     folder = place.rsplit("/", 1)[0]
-    return next(entry for entry in store.list_folder(folder) if entry.place == place)
+    return next(entry for entry in folders.list_folder(folder) if entry.place == place)
 
 
 def _is_dataset_root(root: str) -> bool:
     if store.is_remote(root):
-        return any(next(store.walk(store.join(root, split)), None) is not None for split in SPLITS)
+        return any(next(folders.walk(store.join(root, split)), None) is not None for split in SPLITS)
     return any(Path(root, split).is_dir() for split in SPLITS)
 
 
@@ -176,24 +177,15 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 
 def _list_entries(place: str) -> Iterator[Entry]:
-    """The entries of a list file, one for each line, in its order; relative paths count from the list's folder.
-
-    Local files are looked at for size and time; objects of a store are known by their names only, since one request for
-    each would take hours where a listing takes minutes.
-    """
+    """The entries of a list file, one for each line, in its order; relative paths count from the list's folder."""
     folder = place.rsplit("/", 1)[0]
-    for name in _list_names(place):
-        found = store.place_of(name) if store.is_remote(name) or name.startswith("/") else store.join(folder, name)
-        if store.is_remote(found):
-            yield Entry(found, -1, "")
-            continue
-        found = os.path.normpath(found)
-        try:
-            about = Path(found).stat()
-        except (OSError, ValueError):
-            yield Entry(found, -1, "")
-        else:
-            yield Entry(found, about.st_size, str(about.st_mtime_ns))
+
+    def places() -> Iterator[str]:
+        for name in _list_names(place):
+            found = store.place_of(name) if store.is_remote(name) or name.startswith("/") else store.join(folder, name)
+            yield found if store.is_remote(found) else os.path.normpath(found)
+
+    return looked_up(places())
 
 
 def _list_names(place: str) -> Iterator[str]:

@@ -17,13 +17,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from pipeline.data import store
-from pipeline.data.store import Entry
+from pipeline.data import folders, store
+from pipeline.data.folders import Entry
 from pipeline.errors import UsageError, WorkError
 from serving.cluster import Workers, connect, plan_workers
 from serving.engines import engine_sha256
 from serving.inputs import Inputs, Kind, open_inputs
 from serving.ledger import JobRecord, Ledger, Version, new_job_id
+from serving.part import read_counts, read_errors
 from serving.plan import (
     LARGEST_SHARD,
     SHARDS_PER_SET,
@@ -35,7 +36,7 @@ from serving.plan import (
     write_plan,
 )
 from serving.progress import SHOWN_ERRORS, Heartbeat, Progress
-from serving.scorer import ScorerConfig, read_counts, read_errors
+from serving.scorer import ScorerConfig
 
 CONTAINER_SHARD = 512
 """Rows in a shard of Parquet, whose number of rows is not known when the size is chosen."""
@@ -61,11 +62,13 @@ class BatchRequest:
     max_pixels: int = 100_000_000
     draft: bool = False
     """Decode large JPEGs at a half, a quarter or an eighth of their size."""
+    topk: int = 0
+    """Store the masks of so many classes of every image too; 0 for none."""
     column: str | None = None
     provider: str = "auto"
     retry_errors: bool = False
-    stored_plan: bool = False
-    """Go on with the plan that the output was begun with; the input is not listed again."""
+    new_plan: bool = False
+    """List the input again, although something is left of the plan that the output was begun with."""
     roots: tuple[str, ...] = ()
     """Images outside these places are not read, whatever a list or a link says; empty: no limit."""
 
@@ -89,6 +92,8 @@ class Prepared:
     """Of the finished shards that are scored again, by key: the rows that count as done already."""
     changed: bool = False
     """Whether the output holds another version, which would be put aside."""
+    listed: bool = True
+    """Whether the input was listed now; otherwise the plan is the one that the output was begun with."""
 
     def scorer_config(self, *, threads: int, run: str = "") -> ScorerConfig:
         """What a worker with so many CPUs is to do."""
@@ -104,6 +109,7 @@ class Prepared:
             provider=request.provider,
             max_pixels=request.max_pixels,
             draft=request.draft,
+            topk=request.topk,
             column=request.column,
             roots=request.roots,
         )
@@ -125,7 +131,9 @@ def prepare(request: BatchRequest, *, dry: bool = False) -> Prepared:
         raise UsageError(f"--output {request.output} is a file; give a folder")
     ledger = Ledger(output)
     known = ledger.current()
-    plan, version = (_stored if request.stored_plan else _planned)(request, ledger, known, dry)
+    inputs = open_inputs(request.input, exclude=ledger.output)
+    stored = None if request.new_plan else _stored(request, inputs.place, ledger, known)
+    plan, version = stored or _planned(request, inputs, ledger, known, dry)
     if request.decode_cpus and any(shard.rows < 0 for shard in plan.shards):
         raise UsageError("--decode-cpus: a tar file is decoded where it is scored; leave the flag out")
     if request.decode_cpus and version.settings["shard_size"] > MOST_DECODED:
@@ -148,14 +156,14 @@ def prepare(request: BatchRequest, *, dry: bool = False) -> Prepared:
         done_with_errors=[key for key, (_, errors) in kept.items() if errors],
         kept={key: counts[key][0] - counts[key][1] for key in retry},
         changed=known is not None and known[0].id != version.id,
+        listed=stored is None,
     )
 
 
 def _planned(
-    request: BatchRequest, ledger: Ledger, known: tuple[Version, str] | None, dry: bool
+    request: BatchRequest, inputs: Inputs, ledger: Ledger, known: tuple[Version, str] | None, dry: bool
 ) -> tuple[Plan, Version]:
     """List the input and cut it."""
-    inputs = open_inputs(request.input, exclude=ledger.output)
     size, entries = _sized(
         inputs, request.shard_size or (known and known[0].settings["shard_size"]), request.decode_cpus
     )
@@ -176,19 +184,20 @@ def _planned(
 
 
 def _stored(
-    request: BatchRequest, ledger: Ledger, known: tuple[Version, str] | None, _dry: bool
-) -> tuple[Plan, Version]:
-    """The plan that the output was begun with."""
+    request: BatchRequest, place: str, ledger: Ledger, known: tuple[Version, str] | None
+) -> tuple[Plan, Version] | None:
+    """The plan that the output was begun with, while something is left of it; then nothing of the input is listed.
+
+    Once all of it is there, the input is listed again, to find what has come, gone or changed since.
+    """
     plan = known and read_plan(ledger.plans, known[1])
     if known is None or plan is None:
-        raise UsageError(f"--stored-plan: {request.output} has no plan yet; leave the flag out")
+        return None
     size = known[0].settings["shard_size"]
-    version = _version(request, store.place_of(request.input), size)
-    if version.id != known[0].id or version.input != known[0].input or request.shard_size not in (None, size):
-        raise UsageError(
-            f"--stored-plan: {request.output} was begun with another engine, input or setting; leave the flag out"
-        )
-    return plan, version
+    version = _version(request, place, size)
+    same = (version.id, version.input) == (known[0].id, known[0].input) and request.shard_size in (None, size)
+    left = same and (request.retry_errors or len(_finished(ledger, version, plan)) < len(plan.shards))
+    return (plan, version) if left else None
 
 
 def _version(request: BatchRequest, place: str, shard_size: int) -> Version:
@@ -200,6 +209,8 @@ def _version(request: BatchRequest, place: str, shard_size: int) -> Version:
         "draft": request.draft,
         "shard_size": shard_size,
     }
+    if request.topk:
+        settings["topk"] = request.topk
     return Version(engine=engine_sha256(request.engine), input=place, settings=settings)
 
 
@@ -215,7 +226,7 @@ def _sized(inputs: Inputs, shard_size: int | None, decode_cpus: int) -> tuple[in
 
 
 def _finished(ledger: Ledger, version: Version, plan: Plan) -> list[str]:
-    aside = store.list_folder(store.join(ledger.output, "_versions", version.id))
+    aside = folders.list_folder(store.join(ledger.output, "_versions", version.id))
     there = ledger.finished(version.id) | {entry.place.rsplit("-", 1)[-1].removesuffix(".parquet") for entry in aside}
     return [shard.key for shard in plan.shards if shard.key in there]
 
@@ -243,7 +254,8 @@ def run_job(
 ) -> JobRecord:
     """Score what is left and write the ledger; returns the job's last record, of state done or cancelled.
 
-    ``watch`` is called after every shard, ``cancelled`` is asked as often.  ``score`` scores the pending shards and yields a
+    A plan that an earlier job had begun is finished first; then the input is listed, and what has come or changed since is
+    scored too.  ``watch`` is called after every shard, ``cancelled`` is asked as often.  ``score`` scores the pending shards and yields a
     report for each (default: on Ray Data).
 
     Raises:
@@ -294,10 +306,21 @@ def run_job(
                 raise WorkError(
                     f"{len(missing)} of {len(prepared.plan.shards)} shards are not there; run the command again"
                 )
-            return beat.end("done")
+            further = None if missing else _listed_since(prepared)
+            if further is None:
+                return beat.end("done")
     except BaseException as error:
         beat.end("cancelled" if isinstance(error, KeyboardInterrupt) else "failed", message=_one_line(error))
         raise
+    return run_job(further, job=progress.record(job), watch=watch, cancelled=cancelled, score=score)
+
+
+def _listed_since(prepared: Prepared) -> Prepared | None:
+    """The same job with the input as it is now, when it has changed since the plan that it went on with."""
+    if prepared.listed or prepared.request.retry_errors:
+        return None
+    now = prepare(replace(prepared.request, new_plan=True))
+    return now if now.plan.id != prepared.plan.id else None
 
 
 def _earlier_errors(prepared: Prepared) -> Iterator[dict[str, str]]:

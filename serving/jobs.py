@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
-from pipeline.data import store
+from pipeline.data import folders, store
 from pipeline.errors import UsageError, WorkError
 from serving.inputs import open_inputs
 from serving.ledger import JobRecord, Ledger, new_job_id
@@ -35,8 +35,8 @@ ENDED = ("done", "failed", "cancelled")
 LOOK_SECONDS = 2.0
 METRICS_SECONDS = 30.0
 """A replica that has not told its metrics for so long is gone."""
-MOST_STARTS = 3
-"""A job whose process dies is started so often, and then given up."""
+MOST_STARTS = 5
+"""A job that dies so often in a row without having got any further is given up, whether its process died or the service."""
 MOST_OPEN = 100
 """Jobs that may be queued or running at a time; beyond it requests are told to come back (429)."""
 KILL_SECONDS = 10.0
@@ -221,18 +221,31 @@ class JobManager:
         for record in sorted(records, key=lambda r: (r.queued, r.id)):
             if room and record.id not in self.running and record.state not in ENDED and not record.alive:
                 try:
-                    await self._start(record)
-                    room -= 1
+                    room -= await self._start(record)
                 except Exception as error:
                     self._complain(record.id, error)
 
-    async def _start(self, record: JobRecord) -> None:
-        record = replace(record, starts=record.starts + 1)
+    async def _start(self, record: JobRecord) -> bool:
+        """Start a job; False for one that is given up instead.
+
+        It is counted before it begins, so that a job that takes the service with it each time (the machine's memory, say)
+        is given up as well.
+        """
+        idle = record.idle_starts if record.done == record.done_at_start else 0
+        if idle >= MOST_STARTS:
+            message = f"started {idle} times, and ended each time before another image was scored"
+            record = replace(record, state="failed", seconds_left=None, message=f"{message}; {_see_log(record.id)}")
+        else:
+            counts = {"starts": record.starts + 1, "idle_starts": idle + 1, "done_at_start": record.done}
+            record = replace(record, **counts)
         await asyncio.to_thread(Ledger(record.request["output"]).write_job, record)
+        if record.state == "failed":
+            return False
         self.running[record.id] = Run(record, self.roots)
+        return True
 
     async def _ended(self, name: str, run: Run) -> None:
-        """A driver that dies without a word leaves its record as it was; it is started again, a few times."""
+        """A driver that dies without a word leaves its record as it was; it is started again, if not for ever."""
         error = run.end.exception()
         if error is None:
             return
@@ -240,11 +253,9 @@ class JobManager:
         record = await asyncio.to_thread(self._record, name)
         if record is None or record.state in ENDED:
             return
-        state = "failed" if record.starts >= MOST_STARTS else "queued"
-        message = f"the job's process ended before its work; the log of the service has more under job {name}"
-        await asyncio.to_thread(
-            Ledger(record.request["output"]).write_job, replace(record, state=state, message=message)
-        )
+        message = f"the job's process ended before its work; {_see_log(name)}"
+        again = replace(record, state="queued", message=message)
+        await asyncio.to_thread(Ledger(record.request["output"]).write_job, again)
 
     def _point(self, name: str, output: str, *, cancelled: bool = False) -> None:
         pointer = {"output": output, "cancelled": cancelled}
@@ -276,7 +287,7 @@ class JobManager:
 
     def _records(self, *, but: Collection[str] = ()) -> Iterator[JobRecord]:
         """All jobs whose records can be read, without those in ``but``, which are not even asked for."""
-        for entry in store.list_folder(self.index):
+        for entry in folders.list_folder(self.index):
             name = store.name_of(entry.place).removesuffix(".json")
             if name in but:
                 continue
@@ -334,7 +345,7 @@ class JobDriver:
             message = " ".join(str(error).split())
         except Exception:
             log.exception("job %s failed", job.id)
-            message = f"something went wrong here; the log of the service has more under job {job.id}"
+            message = f"something went wrong here; {_see_log(job.id)}"
         ledger.write_job(replace(ledger.job(job.id) or job, state="failed", message=message))
 
 
@@ -345,6 +356,10 @@ def shown(record: JobRecord, *, details: bool = False) -> dict[str, Any]:
     fields = {name: getattr(record, name) for name in names} | {"state": state}
     fields |= {name: record.request.get(name) for name in ("input", "output")}
     return fields | {"error_rows": record.error_rows} if details else fields
+
+
+def _see_log(name: str) -> str:
+    return f"the log of the service has more under job {name}"
 
 
 def _same(record: JobRecord, asked: dict[str, Any]) -> bool:

@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.data import store
+from pipeline.data import folders, store
 from pipeline.errors import UsageError
 from serving.plan import Plan, read_plan
 
@@ -74,6 +74,10 @@ class JobRecord:
     """Some of the rows with status error: their `uri` and `error`."""
     starts: int = 0
     """How often the service has started it."""
+    idle_starts: int = 0
+    """Starts since it last got any further, which is since there were other rows than at the start before."""
+    done_at_start: int = 0
+    """Rows that were there when it was last started."""
     queued: float = field(default_factory=time.time)
     started: float = 0.0
     updated: float = 0.0
@@ -126,7 +130,7 @@ class Ledger:
                 being written.
         """
         foreign = [
-            e.place for e in store.list_folder(self.output) if e.place.endswith(".parquet") and _part(e.place) is None
+            e.place for e in folders.list_folder(self.output) if e.place.endswith(".parquet") and _part(e.place) is None
         ]
         if foreign:
             raise UsageError(
@@ -160,14 +164,14 @@ class Ledger:
         if known is None or plan is None:
             return 0
         wanted = {part_name(known[0].id, shard.key) for shard in plan.shards}
-        present = {store.name_of(entry.place): entry.place for entry in store.list_folder(self.output)}
+        present = {store.name_of(entry.place): entry.place for entry in folders.list_folder(self.output)}
         moved = 0
         for name, place in present.items():
             found = _part(place)
             if found is not None and name not in wanted:
                 store.move(place, store.join(self.output, "_versions", found[0], name))
                 moved += 1
-        for entry in store.list_folder(store.join(self.output, "_versions", known[0].id)):
+        for entry in folders.list_folder(store.join(self.output, "_versions", known[0].id)):
             name = store.name_of(entry.place)
             if name in wanted:
                 # Asked anew: another job may have put the shard aside since the listing.
@@ -184,15 +188,15 @@ class Ledger:
 
     def finished(self, version: str) -> set[str]:
         """Keys of the shards of a version that are there."""
-        parts = (_part(entry.place) for entry in store.list_folder(self.output))
+        parts = (_part(entry.place) for entry in folders.list_folder(self.output))
         return {part[1] for part in parts if part is not None and part[0] == version}
 
     def clean(self) -> None:
-        """Remove part files that killed processes left an hour ago or earlier."""
+        """Remove part files that killed processes left a day ago or earlier."""
         if store.is_remote(self.output):
             return
-        for entry in store.list_folder(self.temporary):
-            if time.time() - int(entry.stamp or 0) / 1e9 > 3600:
+        for entry in folders.list_folder(self.temporary):
+            if time.time() - int(entry.stamp or 0) / 1e9 > 86400:
                 store.delete(entry.place)
 
     # -- jobs ----------------------------------------------------------------------------------------------------------
@@ -208,7 +212,7 @@ class Ledger:
 
     def jobs(self) -> list[JobRecord]:
         """All jobs of this output, oldest first."""
-        names = [store.name_of(entry.place) for entry in store.list_folder(store.join(self.folder, "jobs"))]
+        names = [store.name_of(entry.place) for entry in folders.list_folder(store.join(self.folder, "jobs"))]
         found = (self.job(name.removesuffix(".json")) for name in names if name.endswith(".json"))
         return [job for job in found if job is not None]
 

@@ -25,8 +25,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.data import store
+from pipeline.data.folders import Entry
 from pipeline.data.images import image_columns, no_column, reading
-from pipeline.data.store import Entry
 from pipeline.errors import UsageError
 from serving.inputs import Kind
 from serving.roots import within

@@ -49,7 +49,7 @@ class Progress:
             total=self.total,
             done=self.done,
             errors=self.errors,
-            images_per_second=self.rate,
+            images_per_second=self.rate or job.images_per_second,
             seconds_left=self.left,
             error_rows=self.error_rows[:SHOWN_ERRORS],
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -41,6 +42,21 @@ def bounded(text: str, roots: list[str]) -> str:
     if not within(place, roots):
         raise OutsideRoots(f"{text} is outside the roots of this service; ask its keeper to add it to {ROOTS_VARIABLE}")
     return place
+
+
+def outward(text: str, roots: Sequence[str]) -> str:
+    """A text for clients, in which paths below the first root are relative to it: how they may name them, and no more.
+
+    ``/srv/pictures/in/x.jpg`` below ``/srv/pictures`` becomes ``in/x.jpg``, and the root itself ``.``.  Further roots have to be
+    named in full by whoever uses them, and so have buckets.
+    """
+    root = roots[0].rstrip("/") if roots and not store.is_remote(roots[0]) else ""
+    if not root:
+        return text
+    below = r"/(?P<first>[^\s/'\":;,)])"
+    itself = r"/?(?![\w/-]|\.\w)"
+    found = rf"(?<![\w/.-]){re.escape(root)}(?:{below}|{itself})"
+    return re.sub(found, lambda match: match["first"] or ".", text)
 
 
 def _resolved(place: str) -> str:

@@ -33,6 +33,11 @@ SCHEMA = pa.schema(
 )
 """Columns of the batch output, one row per input image; frozen: readers outside rely on it."""
 
+CLASS_MASK = pa.struct(
+    [("label", pa.int32()), ("class_name", pa.string()), ("score", pa.float32()), ("mask", pa.binary())]
+)
+"""One class of the column that `schema` adds: a class as the HTTP answer's ``topk`` has it, with its mask as PNG."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
@@ -45,6 +50,45 @@ class Seen:
     width: int
     """Of the upright original."""
     height: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """What an engine says of a batch of N images."""
+
+    logits: np.ndarray
+    """(N, C) float32."""
+    masks: np.ndarray
+    """(N, h, w) float32 in [0, 1], of the predicted classes."""
+    labels: np.ndarray | None = None
+    """(N, k) int64, the best classes, best first, where their masks were asked for."""
+    class_masks: np.ndarray | None = None
+    """(N, k, h, w) float32 in [0, 1]."""
+
+
+def schema(topk: int) -> pa.Schema:
+    """The columns of an output; with ``topk`` one more, ``topk``: the masks of so many classes, best first."""
+    return SCHEMA.append(pa.field("topk", pa.list_(CLASS_MASK))) if topk else SCHEMA
+
+
+def answer_row(
+    uri: str, seen: Seen, answers: Answers, k: int, *, class_names: list[str], engine: str
+) -> dict[str, Any]:
+    """The row of image ``k`` of a batch, with the masks of its best classes where there are any."""
+    row = scored_row(uri, seen, answers.logits[k], answers.masks[k], class_names=class_names, engine=engine)
+    if answers.labels is None or answers.class_masks is None:
+        return row
+    probabilities = softmax(answers.logits[k])
+    best = [
+        {
+            "label": int(label),
+            "class_name": class_names[label],
+            "score": float(np.float32(probabilities[label])),
+            "mask": encode_mask(mask),
+        }
+        for label, mask in zip(answers.labels[k], answers.class_masks[k], strict=True)
+    ]
+    return row | {"topk": best}
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

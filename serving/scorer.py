@@ -1,36 +1,29 @@
-"""One shard from its inputs to its Parquet file: read and decode in threads, infer, make rows, write once.
+"""One shard from its inputs to its Parquet file: read and decode in threads, infer, make rows, write.
 
 Nothing here knows Ray: `serving.batch` runs one `ShardScorer` in each of its actors, and tests run one by hand.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from export.engine import Engine, open_engine
 from pipeline.data import store
 from pipeline.errors import WorkError
 from serving.attempts import attempt
+from serving.class_masks import ask, open_with_masks
 from serving.decoder import Decoded, Decoder, DecoderConfig, unpack
 from serving.ledger import Ledger
+from serving.part import GROUP_ROWS, PartWriter, failed_numbers, replaced
 from serving.plan import Shard
-from serving.rows import SCHEMA, Seen, failed_row, scored_row
+from serving.rows import Answers, Seen, answer_row, failed_row
 from serving.sources import Source, printable
-
-SHOWN_FAILURES = 20
-"""Error rows that a report holds."""
-METADATA_KEY = b"onepass"
-"""Key of the Parquet metadata that counts a shard's rows and errors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +44,8 @@ class ScorerConfig:
     provider: str = "auto"
     max_pixels: int = 100_000_000
     draft: bool = False
+    topk: int = 0
+    """Classes whose masks are stored beside that of the predicted one; 0 for none."""
     column: str | None = None
     roots: tuple[str, ...] = ()
     """Images outside these places are not read; empty: no limit."""
@@ -97,7 +92,8 @@ class ShardScorer:
     def __init__(self, config: ScorerConfig) -> None:
         self.config = config
         self.ledger = Ledger(config.output)
-        self.engine: Engine = open_engine(config.engine, provider=config.provider, threads=config.threads)  # type: ignore[arg-type]
+        self._infer_seconds = 0.0
+        self.engine = open_with_masks(config.engine, topk=config.topk, provider=config.provider, threads=config.threads)
         if self.engine.info.sha256 != config.engine_sha256:
             raise WorkError(
                 f"{config.engine} is not the engine that the job began with "
@@ -116,115 +112,91 @@ class ShardScorer:
 
     def _score(self, shard: Shard, *, retry_errors: bool, decoded: bytes | None, careful: bool) -> ShardReport:
         started = time.perf_counter()
+        self._infer_seconds = 0.0
         place = self.ledger.part(self.config.version, shard.key)
-        earlier = _read_rows(place) if retry_errors else None
-        if earlier is not None:
-            failed = {number for number, row in enumerate(earlier) if row["status"] == "error"}
-            if shard.kind == "tar" and any(earlier[number]["uri"] == printable(shard.source) for number in failed):
-                earlier = (
-                    None  # the archive itself could not be read to its end: nobody knows how many images there are
+        earlier = store.read_optional(place) if retry_errors else None
+        failed = {} if earlier is None else failed_numbers(earlier)
+        if shard.kind == "tar" and printable(shard.source) in failed.values():
+            earlier = None  # the archive itself could not be read to its end: nobody knows how many images there are
+        with store.writing(place, temporary=self.ledger.temporary) as file:
+            part = PartWriter(file, topk=self.config.topk)
+            if earlier is not None:
+                images = self.decoder.shard(shard, wanted=failed.__contains__, careful=careful)
+                made = {number: row for group in self._groups(images) for number, row in group}
+                scored = len(made)
+                for rows in replaced(earlier, made):
+                    part.add(rows)
+            else:
+                elsewhere = None if decoded is None else unpack(decoded, size=self.decoder.config.size)
+                for group in self._groups(elsewhere or self.decoder.shard(shard, careful=careful)):
+                    part.add([row for _, row in group])
+                scored = part.rows
+            part.close()
+            if shard.rows not in (-1, part.rows):
+                raise WorkError(
+                    f"shard {shard.key} has {part.rows} rows instead of {shard.rows}; run it again with --new-plan"
                 )
-        if earlier is not None:
-            images = self.decoder.shard(shard, wanted=failed.__contains__, careful=careful)
-        elif decoded is not None:
-            images = unpack(decoded, size=self.decoder.config.size)
-        else:
-            images = self.decoder.shard(shard, careful=careful)
-        scored, infer_seconds = self._rows(images)
-        if earlier is not None:
-            for number, row in scored:
-                earlier[number] = row
-        rows = earlier if earlier is not None else [row for _, row in scored]
-        if shard.rows not in (-1, len(rows)):
-            raise WorkError(f"shard {shard.key} has {len(rows)} rows instead of {shard.rows}; run the command again")
-        failures = _errors(rows)
-        store.write_bytes(place, serialise(rows, len(failures)), temporary=self.ledger.temporary)
         return ShardReport(
             key=shard.key,
-            rows=len(rows),
-            errors=len(failures),
-            scored=len(scored),
+            rows=part.rows,
+            errors=part.errors,
+            scored=scored,
             seconds=time.perf_counter() - started,
-            infer_seconds=infer_seconds,
-            failures=json.dumps(failures[:SHOWN_FAILURES]),
+            infer_seconds=self._infer_seconds,
+            failures=json.dumps(part.failures),
         )
 
     def score_bytes(self, uri: str, data: bytes) -> dict[str, Any]:
         """The row of one encoded image."""
-        rows, _ = self._rows(self.decoder.decode([(0, Source(uri, lambda: data))]))
-        return rows[0][1]
+        ((row,),) = self._groups(self.decoder.decode([(0, Source(uri, lambda: data))]))
+        return row[1]
 
-    def _rows(self, images: Iterable[Decoded]) -> tuple[list[tuple[int, dict[str, Any]]], float]:
-        """Rows with their numbers, in order.  Batches depend on the shard alone, so its rows do not depend on luck."""
+    def _groups(self, images: Iterable[Decoded]) -> Iterator[list[tuple[int, dict[str, Any]]]]:
+        """Rows with their numbers, in order, `GROUP_ROWS` or a few more at a time.
+
+        Batches depend on the shard alone, so its rows do not depend on luck.
+        """
         rows: list[tuple[int, dict[str, Any]]] = []
         made: list[Future[list[tuple[int, dict[str, Any]]]]] = []
         waiting: list[tuple[int, str, Seen]] = []
-        infer_seconds = 0.0
+        count = 0
         with ThreadPoolExecutor(1) as finisher:
 
             def flush() -> None:
-                nonlocal infer_seconds
                 begun = time.perf_counter()
-                logits, masks = self.engine.infer(np.stack([seen.pixels for _, _, seen in waiting]))
-                infer_seconds += time.perf_counter() - begun
-                made.append(finisher.submit(self._finish, list(waiting), logits, masks))
+                answers = ask(self.engine, np.stack([seen.pixels for _, _, seen in waiting]), topk=self.config.topk)
+                self._infer_seconds += time.perf_counter() - begun
+                made.append(finisher.submit(self._finish, list(waiting), answers))
                 waiting.clear()
 
+            def collect() -> list[tuple[int, dict[str, Any]]]:
+                found = sorted([*rows, *(row for part in made for row in part.result())], key=lambda row: row[0])
+                rows.clear()
+                made.clear()
+                return found
+
             for number, uri, seen in images:
+                count += 1
                 if isinstance(seen, str):
                     rows.append((number, failed_row(uri, seen, engine=self.config.engine_sha256)))
-                    continue
-                waiting.append((number, uri, seen))
+                else:
+                    waiting.append((number, uri, seen))
                 if len(waiting) == self.config.batch_size:
                     flush()
+                if count >= GROUP_ROWS and not waiting:  # every image so far has, or is about to have, its row
+                    yield collect()
+                    count = 0
             if waiting:
                 flush()
-            for part in made:
-                rows += part.result()
-        return sorted(rows, key=lambda row: row[0]), infer_seconds
+            if count:
+                yield collect()
 
-    def _finish(
-        self, batch: list[tuple[int, str, Seen]], logits: np.ndarray, masks: np.ndarray
-    ) -> list[tuple[int, dict[str, Any]]]:
+    def _finish(self, batch: list[tuple[int, str, Seen]], answers: Answers) -> list[tuple[int, dict[str, Any]]]:
         names, engine = self.engine.info.class_names, self.config.engine_sha256
         return [
-            (number, scored_row(uri, seen, logits[k], masks[k], class_names=names, engine=engine))
+            (number, answer_row(uri, seen, answers, k, class_names=names, engine=engine))
             for k, (number, uri, seen) in enumerate(batch)
         ]
-
-
-def serialise(rows: list[dict[str, Any]], errors: int) -> bytes:
-    """Rows as one Parquet file; the same rows give the same bytes."""
-    counts = json.dumps({"rows": len(rows), "errors": errors}).encode()
-    table = pa.Table.from_pylist(rows, schema=SCHEMA.with_metadata({METADATA_KEY: counts}))
-    target = io.BytesIO()
-    # Masks are compressed already; dictionaries shrink the columns that repeat.
-    repeated: Any = ["status", "class_name", "engine", "label"]  # the stubs of pyarrow know only yes and no
-    pq.write_table(table, target, compression="zstd", use_dictionary=repeated)
-    return target.getvalue()
-
-
-def read_counts(place: str) -> tuple[int, int]:
-    """(rows, errors) of a finished shard, from its footer."""
-    with store.open_file(place) as file:
-        metadata = pq.ParquetFile(file).schema_arrow.metadata
-    counts = json.loads(metadata[METADATA_KEY])
-    return counts["rows"], counts["errors"]
-
-
-def read_errors(place: str) -> list[dict[str, str]]:
-    """`uri` and `error` of the rows of a finished shard that failed."""
-    data = store.read_bytes(place)
-    return _errors(pq.read_table(io.BytesIO(data), columns=["uri", "status", "error"]).to_pylist())
-
-
-def _errors(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
-    return [{"uri": row["uri"], "error": row["error"]} for row in rows if row["status"] == "error"]
-
-
-def _read_rows(place: str) -> list[dict[str, Any]] | None:
-    data = store.read_optional(place)
-    return None if data is None else pq.read_table(io.BytesIO(data)).to_pylist()
 
 
 def report_fields(report: ShardReport) -> dict[str, Any]:

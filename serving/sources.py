@@ -101,12 +101,12 @@ def _parquet(shard: Shard, column: str | None, roots: Sequence[str]) -> Iterator
     """As many sources as the shard has rows, whatever has become of the file since it was planned."""
     place = shard.source
     row = shard.first
-    why = "it has fewer rows than when the job was planned; run the command again"
+    why = "it has fewer rows than when the job was planned; run the command again with --new-plan"
     try:
         with store.open_file(place) as raw, reading(place):
             if shard.first == shard.last:
                 pq.ParquetFile(raw)
-                why = "it could not be read when the job was planned; run the command again"
+                why = "it could not be read when the job was planned; run the command again with --new-plan"
             else:
                 for source in _parquet_rows(pq.ParquetFile(raw), shard, column, roots):
                     yield source

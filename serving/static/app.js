@@ -70,15 +70,16 @@ async function show(article, file, answer, milliseconds) {
   article.querySelector(".figures").textContent =
     `${answer.width} × ${answer.height} pixels · mask area ${(100 * answer.area).toFixed(1)} % · box ${box} · ${milliseconds.toFixed(0)} ms · engine ${answer.engine.slice(0, 12)}`;
   const mask = await greys(await bitmap(fromBase64(answer.mask)));
-  let picture;
-  try {
-    picture = await bitmap(file);
-  } catch {
-    // The browser cannot show this format (TIFF, say): let the service draw it.
-    picture = null;
+  // What the browser cannot show (TIFF, say), the service decodes for it.
+  const picture = await bitmap(file).catch(() => decodedByService(file));
+  if (!picture) {
+    article.querySelector(".pictures").hidden = true;
+    const line = article.querySelector(".error");
+    line.textContent = "The image was scored, but this browser cannot show it.";
+    line.hidden = false;
+    return;
   }
   const result = { article, answer, mask, picture };
-  if (!picture) result.fallback = await drawnByService(file);
   shown.add(result);
   draw(result);
 }
@@ -86,9 +87,13 @@ async function show(article, file, answer, milliseconds) {
 const fromBase64 = (text) => new Blob([Uint8Array.from(atob(text), (c) => c.charCodeAt(0))], { type: "image/png" });
 const bitmap = (blob) => createImageBitmap(blob, { imageOrientation: "from-image" });
 
-async function drawnByService(file) {
-  const response = await fetch("v1/saliency", { method: "POST", headers: headers({ Accept: "image/png" }), body: file });
-  return response.ok ? bitmap(await response.blob()) : null;
+async function decodedByService(file) {
+  try {
+    const response = await fetch("v1/saliency?opacity=0&box=false", { method: "POST", headers: headers({ Accept: "image/png" }), body: file });
+    return response.ok ? await bitmap(await response.blob()) : null;
+  } catch {
+    return null;
+  }
 }
 
 // A mask as { width, height, values }, values 0..255.
@@ -117,22 +122,15 @@ function painted(mask, colour) {
   return canvas;
 }
 
-function draw({ article, answer, mask, picture, fallback }) {
+function draw({ article, answer, mask, picture }) {
   const [over, inside, outside] = ["overlay", "inside", "outside"].map((name) => article.querySelector(`canvas.${name}`));
   const evidence = `${answer.class_name}, ${(100 * answer.score).toFixed(1)} per cent; mask covers ${(100 * answer.area).toFixed(0)} per cent`;
   over.setAttribute("aria-label", `Evidence for ${evidence}`);
   inside.setAttribute("aria-label", "The picture where the mask is");
   outside.setAttribute("aria-label", "The picture where the mask is not");
-  const source = picture ?? fallback;
-  if (!source) return;
   const scale = Math.min(1, LONGEST_SIDE / Math.max(answer.width, answer.height));
   const width = Math.max(1, Math.round(answer.width * scale)), height = Math.max(1, Math.round(answer.height * scale));
   for (const canvas of [over, inside, outside]) Object.assign(canvas, { width, height });
-  if (!picture) {
-    over.getContext("2d").drawImage(source, 0, 0, width, height);
-    inside.parentElement.hidden = outside.parentElement.hidden = true;
-    return;
-  }
   const opacity = $("opacity").value / 100, threshold = (255 * $("threshold").value) / 100;
   const level = (value) => (threshold ? (value > threshold ? 255 : 0) : value);
   const [x0, y0, x1, y1] = answer.view.map((v) => v * scale);
@@ -142,7 +140,7 @@ function draw({ article, answer, mask, picture, fallback }) {
   };
 
   let context = over.getContext("2d");
-  context.drawImage(source, 0, 0, width, height);
+  context.drawImage(picture, 0, 0, width, height);
   context.globalAlpha = opacity;
   stretch(context, painted(mask, (value) => [...COLOURS[value], level(value)]));
   context.globalAlpha = 1;
@@ -157,7 +155,7 @@ function draw({ article, answer, mask, picture, fallback }) {
   // Masked in keeps the picture where the mask is, masked out where it is not; outside the view there is no mask.
   for (const [canvas, mode] of [[inside, "destination-in"], [outside, "destination-out"]]) {
     context = canvas.getContext("2d");
-    context.drawImage(source, 0, 0, width, height);
+    context.drawImage(picture, 0, 0, width, height);
     const layer = new OffscreenCanvas(width, height);
     stretch(layer.getContext("2d"), painted(mask, (value) => [0, 0, 0, level(value)]));
     context.globalCompositeOperation = mode;

@@ -24,7 +24,7 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 
-def make_bundle(path: Path, *, seed: int, classes: int = 10) -> Path:
+def make_bundle(path: Path, *, seed: int, classes: int = 10, class_conditional: bool = False) -> Path:
     """An untrained model, saved by the product's own code."""
     import torch
 
@@ -40,7 +40,7 @@ def make_bundle(path: Path, *, seed: int, classes: int = 10) -> Path:
     names = [f"class {k}" for k in range(classes)]
     spec = ModelSpec(
         backbone=BackboneSpec(source="torchvision", name="resnet18", outputs=classes, taps=taps),
-        masker=MaskerSpec(),
+        masker=MaskerSpec(class_conditional=class_conditional),
         preset="ca",
         input_size=SIZE,
         mask_size=SIZE // 4,

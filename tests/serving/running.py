@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from serving.proxy import CALLBACK_VARIABLE
+
 TOKEN = "correct horse"
 
 
@@ -30,7 +32,8 @@ def start(
     config = {"proxy_location": "HeadOnly", "http_options": {"host": host, "port": port}, "applications": [application]}
     (folder / "serve.yaml").write_text(json.dumps(config))  # JSON is YAML
     log = folder / "serve.log"
-    environment = os.environ | {"RAY_ADDRESS": "local", "RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_LOG_TO_STDERR": "1"}
+    defaults = {CALLBACK_VARIABLE: "serving.proxy:middlewares", "RAY_SERVE_LOG_TO_STDERR": "1"}
+    environment = defaults | os.environ | {"RAY_ADDRESS": "local", "RAY_USAGE_STATS_ENABLED": "0"}
     with log.open("w") as file:
         process = subprocess.Popen(
             [str(Path(sys.executable).with_name("serve")), "run", "serve.yaml"],

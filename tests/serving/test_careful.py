@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pytest
 
 from pipeline.data.decode import ImageError
 from pipeline.errors import WorkError
-from serving import careful
+from serving import watchdog
 from serving.attempts import CAREFUL_AFTER, GIVE_UP_AFTER, attempt
 from serving.careful import CarefulDecoder
 from serving.decoder import Decoder, DecoderConfig
@@ -45,11 +47,29 @@ def test_a_death_is_an_error_row_and_the_next_picture_is_fine(jpeg: Callable[[in
 def test_a_picture_that_never_ends(jpeg: Callable[[int], bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = CarefulDecoder(DecoderConfig(size=32, geometry="squash"))
     decoder.see(jpeg(0))
-    monkeypatch.setattr(careful, "SECONDS", 0.5)
+    monkeypatch.setattr(watchdog, "SECONDS", 0.5)
     os.kill(decoder._process.pid, signal.SIGSTOP)
     with pytest.raises(ImageError, match=r"^undecodable: not decoded in"):
         decoder.see(jpeg(0))
     assert decoder._process is None
+
+
+def test_a_worker_whose_decoder_never_returns_dies_and_leaves_its_mark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watchdog, "SECONDS", 0.5)
+    monkeypatch.setattr(Decoder, "see", lambda _self, _data: time.sleep(1000))
+    ledger = Ledger(str(tmp_path / "out"))
+
+    def work() -> None:
+        with attempt(ledger, "run", "key") as careful_now:
+            list(Decoder(CONFIG).decode([(0, Source("0", lambda: b"x"))], careful=careful_now))
+
+    worker = multiprocessing.get_context("fork").Process(target=work)
+    worker.start()
+    worker.join(20)
+    assert worker.exitcode == -signal.SIGKILL
+    assert len(list((tmp_path / "out" / "_ledger" / "tmp").glob("attempt-run-key-*"))) == 1
 
 
 def test_marks_are_of_one_run_and_one_shard(tmp_path: Path) -> None:

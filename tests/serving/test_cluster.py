@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.errors import UsageError
-from serving.cluster import Node, Workers, fit_workers
+from pipeline.errors import UsageError, WorkError
+from serving.cluster import Node, Workers, connect, fit_workers
 
 TWO = [Node(cpus=2, gpus=0)]
 GPUS = [Node(cpus=4, gpus=1), Node(cpus=4, gpus=1)]
@@ -58,3 +58,22 @@ def test_what_fits(nodes: list[Node], free: list[Node], asked: dict, expected: W
 def test_what_does_not(nodes: list[Node], asked: dict, said: str) -> None:
     with pytest.raises(UsageError, match=said):
         fit(nodes, **asked)
+
+
+@pytest.mark.parametrize(
+    ("address", "remedy"), [("", "when the machine is less busy"), ("10.0.0.1:1", "unset RAY_ADDRESS")]
+)
+def test_a_cluster_that_does_not_start_is_said_on_one_line(
+    address: str, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    def fails(**_options: object) -> None:
+        raise Exception("The current node timed out\nduring startup.")
+
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", fails)
+    with pytest.raises(WorkError, match=rf"no Ray: .*timed out during startup.*{remedy}"):
+        connect()

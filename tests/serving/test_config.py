@@ -9,7 +9,7 @@ import pytest
 from pipeline.errors import UsageError
 from serving import batch
 from serving.config import LiveConfig, ServiceConfig, authorised, check_exposure, digest, is_loopback, parse_config
-from serving.roots import OutsideRoots, bounded, configured_roots, within
+from serving.roots import OutsideRoots, bounded, configured_roots, outward, within
 
 
 def test_the_flags_of_batch_are_frozen() -> None:
@@ -17,7 +17,7 @@ def test_the_flags_of_batch_are_frozen() -> None:
     assert flags == {
         "-h", "--help", "--engine", "--input", "--output", "--batch-size", "--workers", "--cpus-per-worker", "--num-gpus",
         "--decode-cpus", "--autoscale", "--provider", "--shard-size", "--max-pixels", "--column", "--retry-errors",
-        "--overlays", "--dry-run", "--status", "--draft", "--stored-plan",
+        "--overlays", "--dry-run", "--status", "--draft", "--new-plan", "--topk",
     }  # fmt: skip
 
 
@@ -125,3 +125,24 @@ def test_roots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ONEPASS_ROOTS")
     monkeypatch.chdir(tmp_path)
     assert configured_roots() == [str(tmp_path)]
+
+
+@pytest.mark.parametrize(
+    ("text", "seen"),
+    [
+        ("/srv/my pictures/in/x.jpg", "in/x.jpg"),
+        ("--input /srv/my pictures/in: nothing; delete /srv/my pictures/.onepass-jobs/a.json", "--input in: nothing; delete .onepass-jobs/a.json"),
+        ("/srv/my pictures", "."),
+        ("'/srv/my pictures/' is full", "'.' is full"),
+        ("it is in /srv/my pictures.", "it is in .."),
+        ("/srv/my pictures/.x", ".x"),
+        ("--output /srv/my pictures: no", "--output .: no"),
+        ("/srv/my picturesque/x", "/srv/my picturesque/x"),
+        ("/mnt/srv/my pictures/x", "/mnt/srv/my pictures/x"),
+        ("s3://bucket/x", "s3://bucket/x"),
+    ],
+)  # fmt: skip
+def test_clients_are_told_places_as_they_may_name_them(text: str, seen: str) -> None:
+    assert outward(text, ["/srv/my pictures", "/mnt"]) == seen
+    assert outward(text, ["/"]) == outward(text, []) == text
+    assert outward("s3://bucket/x", ["s3://bucket"]) == "s3://bucket/x"

@@ -196,6 +196,8 @@ def test_a_job_from_start_to_end(service: httpx.Client, roots: Path, shared_dir:
     assert (again.status_code, again.json()["error"]["kind"]) == (409, "conflict")
     job = wait_for(service, name, {"done", "failed"})
     assert (job["state"], job["total"], job["done"], job["errors"], job["seconds_left"]) == ("done", 4, 4, 3, 0)
+    assert (job["input"], job["output"]) == ("list.txt", "out")
+    assert str(roots) not in str(job)
     assert [row["error"].partition(":")[0] for row in job["error_rows"]] == ["unreadable"] * 3
     assert sum("outside the roots" in row["error"] for row in job["error_rows"]) == 2
     assert read_scores(roots / "out").num_rows == 4

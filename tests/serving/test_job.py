@@ -15,8 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.data import store
 from pipeline.errors import UsageError
-from serving import batch, codec
+from serving import batch, codec, part, scorer
+from serving.inputs import Inputs
 from serving.job import BatchRequest, prepare, run_job
 from serving.ledger import JobRecord, Ledger
 from tests.serving.reading import read_parts, read_scores
@@ -118,23 +120,71 @@ def test_an_archive_that_can_be_read_again_is_scored_again(
     assert (record.done, record.total, record.errors) == (3, 3, 0)
 
 
-def test_the_stored_plan_goes_on_without_a_look_at_the_input(
-    bundle: Path, images: Path, score_here: Score, tmp_path: Path
+def test_a_large_shard_is_written_in_groups_and_counted_from_its_end(
+    bundle: Path, images: Path, scored: Path, score_here: Score, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, output = tmp_path / "x.tar", tmp_path / "out"
+    (tmp_path / "bad.jpg").write_bytes(b"never an image")
+    with tarfile.open(source, "w") as archive:
+        for path in (*sorted(images.iterdir())[:40], tmp_path / "bad.jpg", *sorted(images.iterdir())[40:60]):
+            archive.add(path, path.name)
+    whole = score_here(bundle, source, tmp_path / "whole").to_pylist()
+    for module in (scorer, part):
+        monkeypatch.setattr(module, "GROUP_ROWS", 16)
+    monkeypatch.setattr(part, "FOOTER_BYTES", 100)
+    assert score_here(bundle, source, output).to_pylist() == whole
+    (file,) = output.glob("*.parquet")
+    sizes = pq.ParquetFile(file).metadata
+    assert [sizes.row_group(k).num_rows for k in range(sizes.num_row_groups)] == [16, 16, 17, 12]
+    assert part.read_counts(str(file)) == (61, 1)
+    assert score_here(bundle, source, output, expected=1, retry_errors=True).to_pylist() == whole
+
+
+def test_an_unfinished_output_goes_on_without_a_look_at_the_input(
+    bundle: Path, images: Path, score_here: Score, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, output = tmp_path / "in", tmp_path / "out"
     shutil.copytree(images, source)
-    whole = score_here(bundle, source, output, shard_size=16)
+    score_here(bundle, source, output, shard_size=16)
     parts = read_parts(output)
     lost = sorted(output.glob("*.parquet"))[3]
+    names = set(pq.read_table(lost)["uri"].to_pylist())
     lost.unlink()
     shutil.copy(source / "00007.jpg", source / "another.jpg")
-    assert score_here(bundle, source, output, stored_plan=True).equals(whole)
-    assert read_parts(output) == parts
-    with pytest.raises(UsageError, match="begun with another engine, input or setting"):
-        score_here(bundle, source, output, stored_plan=True, max_pixels=10**6)
-    with pytest.raises(UsageError, match="has no plan yet"):
-        score_here(bundle, source, tmp_path / "new", stored_plan=True)
-    assert score_here(bundle, source, output).num_rows == whole.num_rows + 1
+    read, entries = store.read_bytes, Inputs.entries
+    looked_at: list[str] = []
+    monkeypatch.setattr(store, "read_bytes", lambda place, **more: looked_at.append(place) or read(place, **more))
+    monkeypatch.setattr(Inputs, "entries", lambda inputs: looked_at.append("the listing") or entries(inputs))
+    after = score_here(bundle, source, output, expected=1)
+    looked_at = [place for place in looked_at if place == "the listing" or place.endswith(".jpg")]
+    first, then = looked_at[: len(names)], looked_at[len(names) :]
+    assert set(first) == names, "only what is missing is read, and nothing is listed"
+    assert then[0] == "the listing" and str(source / "another.jpg") in then and len(then) < 50
+    assert sorted(after["uri"].to_pylist()) == sorted(map(str, source.iterdir()))
+    assert len(set(read_parts(output).items()) & set(parts.items())) >= len(parts) - 2
+    assert [job.done for job in Ledger(str(output)).jobs()] == [150, 151]
+
+
+def test_an_unfinished_output_is_planned_anew_when_asked_or_when_it_is_another(
+    bundle: Path, other_bundle: Path, images: Path, score_here: Score, tmp_path: Path
+) -> None:
+    source, output = tmp_path / "in", tmp_path / "out"
+    shutil.copytree(images, source)
+    score_here(bundle, source, output, shard_size=16)
+    shutil.copy(source / "00007.jpg", source / "another.jpg")
+
+    def planned(engine: Path = bundle, **request) -> int | None:
+        asked = {"engine": str(engine), "input": str(source), "output": str(output)} | request
+        return prepare(BatchRequest(**asked), dry=True).plan.rows
+
+    assert planned() == 151
+    assert planned(retry_errors=True) == 150, "only what failed"
+    sorted(output.glob("*.parquet"))[3].unlink()
+    assert planned() == 150
+    assert planned(new_plan=True) == planned(other_bundle) == planned(max_pixels=10**6) == planned(shard_size=32) == 151
+    shutil.rmtree(source)
+    with pytest.raises(UsageError, match="no such file or folder"):
+        planned()
 
 
 def test_a_job_that_began_while_this_one_was_planned_is_not_mixed_with(

@@ -264,20 +264,38 @@ def test_a_failed_job_says_one_plain_line(
     assert "Traceback" not in shown["message"]
 
 
+def lost(root: Path, name: str, **fields: Any) -> None:
+    """The record of a job as a process leaves it that dies without a word."""
+    ledger = Ledger(str(root / "out"))
+    record = ledger.job(name)
+    assert record is not None
+    ledger.write_job(replace(record, pid=2**22 + 1, **fields))  # which is no process
+
+
 def test_a_job_whose_process_dies_is_started_again_a_few_times(root: Path) -> None:
     async def die(manager: Any) -> dict[str, Any]:
         name = (await manager.submit(asked(), None))["id"]
         for _ in range(jobs.MOST_STARTS):
             await manager._look()
-            ledger = Ledger(str(root / "out"))
-            record = ledger.job(name)
-            assert record is not None
-            ledger.write_job(replace(record, pid=2**22 + 1))  # which is no process
+            lost(root, name)
             manager.running[name].end.set_exception(RuntimeError("Traceback: ray::JobDriver.run()"))
         await manager._look()
         return await manager.get(name)
 
     job = run(root, die)
-    assert [record.starts for record in Started.records] == [1, 2, 3]
-    assert job["state"] == "failed"
+    assert [record.starts for record in Started.records] == [1, 2, 3, 4, 5]
+    assert (job["state"], job["seconds_left"]) == ("failed", None)
+    assert job["message"].startswith("started 5 times, and ended each time before another image was scored; the log")
     assert "Traceback" not in job["message"]
+
+
+def test_a_job_that_takes_the_service_with_it_is_given_up(root: Path) -> None:
+    name = run(root, lambda manager: manager.submit(asked(), None))["id"]
+    for life in range(20):
+        run(root, lambda manager: manager._look())  # a new manager each time
+        if run(root, lambda manager: manager.get(name))["state"] == "failed":
+            break
+        lost(root, name, done=min(life, 3))  # the first lives score an image each
+    assert len(Started.records) == 4 + jobs.MOST_STARTS
+    run(root, lambda manager: manager._look())
+    assert len(Started.records) == 4 + jobs.MOST_STARTS

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import threading
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 
 from serving import models
@@ -133,3 +135,27 @@ def test_a_new_batch_size_is_tried_before_it_is_used(bundle: Path, monkeypatch: 
         assert model._together.wait_s == pytest.approx(0.02)
 
     asyncio.run(live())
+
+
+@pytest.mark.parametrize("carried", ["bundle", "manifest", "reference"])
+def test_drift_is_measured_from_the_training_images(bundle: Path, tmp_path: Path, carried: str) -> None:
+    from export.graph import GraphConfig
+    from export.manifest import describe
+    from pipeline.bundle import read_spec
+    from pipeline.mask_statistics import mask_statistics, summarise
+
+    statistics = summarise(mask_statistics(np.random.default_rng(0).random((9, 16, 16))))
+    spec = read_spec(bundle).model_copy(update={"mask_statistics": statistics})
+    known = tmp_path / "bundle"
+    shutil.copytree(bundle, known)
+    (known / "model.json").write_text(spec.model_dump_json())
+    engine = {"bundle": str(known)}.get(carried, "/e/model.onnx")
+    config = ServiceConfig(engine=engine, reference=str(known) if carried == "reference" else None)
+    written = describe(spec, config=GraphConfig(), bundle_sha256="", opset=20, rebuild="", versions={})
+    manifest = written.model_dump() if carried == "manifest" else {}
+    metrics = Metrics(replica="r")
+    metrics.set_reference(models._reference(config, manifest))
+    (family,) = [samples for name, _, _, samples in metrics.snapshot() if name == "onepass_mask_reference"]
+    found = {(labels["statistic"], labels["figure"]): value for _, labels, value in family}
+    assert found == {(name, key): statistics[name][key] for name in statistics for key in ("mean", "std")}
+    assert set(statistics) == {"area", "entropy", "off_centre"}

@@ -42,6 +42,14 @@ def pixels(browser: Browser, canvas: str) -> list[int]:
     return browser.run(script)
 
 
+def mean(browser: Browser, canvas: str) -> list[float]:
+    """Mean red, green and blue of the first result's canvas."""
+    return browser.run(f"""(() => {{ const c = document.querySelector('article canvas.{canvas}'), s = [0, 0, 0];
+        const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;
+        for (let k = 0; k < d.length; k += 4) for (let j = 0; j < 3; j++) s[j] += d[k + j];
+        return s.map((v) => v / (d.length / 4)); }})()""")
+
+
 def move(browser: Browser, slider: str, value: int) -> None:
     browser.run(f"(() => {{ {slider}.value = {value}; {slider}.dispatchEvent(new Event('input')); }})()")
 
@@ -69,10 +77,7 @@ def test_an_image_from_choosing_to_seeing(
     plain = pixels(browser, "overlay")
     assert plain != before["overlay"]
     picture = cv2.imread(str(photograph))[..., ::-1].reshape(-1, 3).mean(0)
-    shown = browser.run("""(() => { const c = document.querySelector('article canvas.overlay'), s = [0, 0, 0];
-        const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;
-        for (let k = 0; k < d.length; k += 4) for (let j = 0; j < 3; j++) s[j] += d[k + j];
-        return s.map((v) => v / (d.length / 4)); })()""")
+    shown = mean(browser, "overlay")
     assert shown == pytest.approx(picture, abs=2)  # without opacity and box, the upright photograph itself
     move(browser, "threshold", 50)
     assert pixels(browser, "inside") != before["inside"]
@@ -92,11 +97,34 @@ def test_what_is_no_image_says_so(service: httpx.Client, browser: Browser, tmp_p
     shoot(browser, "error", tmp_path)
 
 
-def test_a_format_that_the_browser_does_not_know(service: httpx.Client, browser: Browser, shared_dir: Path) -> None:
-    browser.choose("#file", shared_dir / "data" / "sample_images" / "odd" / "photo.tiff")
+def test_a_format_that_the_browser_does_not_know(
+    service: httpx.Client, browser: Browser, shared_dir: Path, tmp_path: Path
+) -> None:
+    photograph = shared_dir / "data" / "sample_images" / "odd" / "photo.tiff"
+    browser.choose("#file", photograph)
     browser.until("document.getElementById('status').textContent === '1 scored.'")
     assert browser.run("document.querySelector('article canvas.overlay').width") == 160
-    assert browser.run("document.querySelector('article figure:nth-child(2)').hidden")
+    assert browser.run("[...document.querySelectorAll('article:first-child figure')].every((f) => f.offsetHeight > 0)")
+    shoot(browser, "tiff", tmp_path)
+    drawn = mean(browser, "overlay"), mean(browser, "inside")
+    move(browser, "opacity", 0)
+    plain = cv2.imread(str(photograph))[..., ::-1].reshape(-1, 3).mean(0)
+    assert mean(browser, "overlay") == pytest.approx(plain, abs=2) != drawn[0]
+    move(browser, "threshold", 50)
+    assert mean(browser, "inside") != drawn[1]
+    move(browser, "opacity", 80)
+    move(browser, "threshold", 0)
+
+
+def test_a_picture_that_cannot_be_shown_says_so(
+    service: httpx.Client, browser: Browser, shared_dir: Path, tmp_path: Path
+) -> None:
+    browser.run("window.decodedByService = async () => null")  # as when the service has become busy in between
+    browser.choose("#file", shared_dir / "data" / "sample_images" / "odd" / "photo.tiff")
+    browser.until("document.querySelector('article:first-child .error:not([hidden])') !== null")
+    assert "this browser cannot show it" in browser.run("document.querySelector('article .error').textContent")
+    assert browser.run("document.querySelectorAll('article:first-child .classes li').length") == 5
+    assert browser.run("document.querySelector('article .pictures').hidden")
 
 
 def test_jobs_are_shown(service: httpx.Client, browser: Browser, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.data.store import Entry
+from pipeline.data.folders import Entry
 from serving.plan import LARGEST_SHARD, choose_shard_size, cut, read_plan, read_shard, write_plan
 
 

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.data import store
-from serving import batch
+from pipeline.data import folders, store
+from serving import batch, lookup
 from serving.inputs import open_inputs
 from serving.ledger import Ledger
 from tests.s3_server import Faults, s3_server
@@ -44,7 +44,7 @@ def remote(bucket: str, images: Path) -> str:
 
 
 def table_of(output: str) -> pa.Table:
-    parts = [entry.place for entry in store.list_folder(output) if entry.place.endswith(".parquet")]
+    parts = [entry.place for entry in folders.list_folder(output) if entry.place.endswith(".parquet")]
     return pa.concat_tables(pq.read_table(io.BytesIO(store.read_bytes(part))) for part in parts).sort_by("uri")
 
 
@@ -59,6 +59,30 @@ def test_listing_a_bucket(remote: str, bucket: str) -> None:
         f"{remote}/0000{k}.jpg" for k in (1, 2)
     ]
     assert [e.place for _, e in open_inputs(f"{remote}/00003.jpg").entries()] == [f"{remote}/00003.jpg"]
+
+
+def test_objects_of_a_list_are_known_by_their_content(
+    remote: str, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = {entry.place: entry for _, entry in open_inputs(remote).entries()}
+    names = [*reversed(expected), f"{remote}/00003.jpg", f"{bucket}/no/such.jpg", str(tmp_path / "here.jpg")]
+    (tmp_path / "here.jpg").write_bytes(b"x")
+    (tmp_path / "list.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+    asked: list[str] = []
+    look_at = folders.look_at
+    monkeypatch.setattr(store, "look_at", lambda place: asked.append(place) or look_at(place))
+
+    def found() -> list[folders.Entry]:
+        asked.clear()
+        return [entry for _, entry in open_inputs(str(tmp_path / "list.txt")).entries()]
+
+    entries = found()
+    assert [entry.place for entry in entries] == names
+    assert entries[:63] == [expected[name] for name in names[:63]]
+    assert entries[63] == folders.Entry(f"{bucket}/no/such.jpg", -1, "") and entries[64].size == 1
+    assert asked == [f"{bucket}/no/such.jpg"], "a folder is listed instead of asking for its objects one by one"
+    monkeypatch.setattr(lookup, "PER_PAGE", 1000)
+    assert found() == entries and len(asked) == 63
 
 
 def test_a_job_among_faults_loses_nothing(
@@ -103,11 +127,11 @@ def test_versions_and_vanished_objects(
     assert prepared.pending == []
     changed = prepare(BatchRequest(engine=str(other_bundle), input=remote, output=f"{bucket}/scores", batch_size=8))
     assert len(changed.pending) == len(changed.plan.shards)
-    before = [store.name_of(entry.place) for entry in store.list_folder(f"{bucket}/scores")]
+    before = [store.name_of(entry.place) for entry in folders.list_folder(f"{bucket}/scores")]
     changed.ledger.begin(changed.version, changed.plan)
-    assert store.list_folder(f"{bucket}/scores") == []
+    assert folders.list_folder(f"{bucket}/scores") == []
     prepared.ledger.begin(prepared.version, prepared.plan)
-    assert [store.name_of(entry.place) for entry in store.list_folder(f"{bucket}/scores")] == before
+    assert [store.name_of(entry.place) for entry in folders.list_folder(f"{bucket}/scores")] == before
     with pytest.raises(store.ReadError, match="no such object"):
         store.read_bytes(f"{bucket}/gone.jpg")
 

@@ -9,8 +9,12 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import pytest
+from ray.exceptions import RayTaskError
 
+from pipeline.errors import UsageError
 from serving import predictor
 from serving.config import ServiceConfig
 from serving.http_body import LARGEST_BODIES, Admission
@@ -204,3 +208,52 @@ def test_the_document_names_every_answer(bundle: Path) -> None:
     assert said["get", "/v1/jobs"] == {"200", "401", "403", "500", "503"}
     assert said["delete", "/v1/jobs/{name}"] >= {"200", "404", "503"}
     assert "503" in said["get", "/healthz"]
+
+
+def test_the_document_says_where_a_token_is_needed(bundle: Path) -> None:
+    from serving.config import digest
+
+    document = InsideService(str(bundle), token_digests=[digest("one")]).app.openapi()
+    ((name, scheme),) = document["components"]["securitySchemes"].items()
+    assert (scheme["type"], scheme["scheme"]) == ("http", "bearer")
+    assert document["security"] == [{name: []}]
+    assert document["paths"]["/healthz"]["get"]["security"] == []
+    assert "401" not in document["paths"]["/healthz"]["get"]["responses"]
+    assert InsideService(str(bundle)).app.openapi()["security"] == []
+
+
+def test_an_overlay_as_strong_as_is_asked_for(bundle: Path, jpeg: Callable[[int], bytes]) -> None:
+    service, data = InsideService(str(bundle)), jpeg(1)
+
+    def drawn(**wish: str) -> np.ndarray:
+        answer = service.ask("POST", "/v1/saliency", content=data, params=wish, headers={"Accept": "image/png"})
+        assert answer.status_code == 200, answer.text
+        return cv2.imdecode(np.frombuffer(answer.content, np.uint8), cv2.IMREAD_COLOR)
+
+    plain = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    assert np.abs(drawn(opacity="0", box="false").astype(int) - plain).max() <= 2
+    assert len({picture.tobytes() for picture in (drawn(), drawn(opacity="0"), drawn(box="false"))}) == 3
+    for wrong in ({"opacity": "1.1"}, {"opacity": "nan"}, {"box": "perhaps"}):
+        assert service.ask("POST", "/v1/saliency", content=data, params=wrong).status_code == 400
+
+
+def test_jobs_do_not_say_where_on_the_machine_they_are(bundle: Path) -> None:
+    root = "/srv/pictures"
+
+    async def submit(_asked: dict[str, Any], _key: str | None) -> None:
+        cause = UsageError(f"--engine {bundle}: damaged; --input {root}/in: no images")
+        raise RayTaskError("submit", "Traceback", cause)
+
+    async def get(_name: str) -> dict[str, Any]:
+        rows = [{"uri": f"{root}/in/a.jpg", "error": f"unreadable: {root}/in/a.jpg"}]
+        return {"id": "a", "done": 1, "message": f"{root} is full", "input": f"{root}/in", "error_rows": rows}
+
+    service = InsideService(str(bundle), jobs=Jobs(submit=submit, get=get), roots=[root, "/mnt"])
+    answer = service.ask("POST", "/v1/jobs", json={"input": "in", "output": "out"})
+    assert (answer.status_code, answer.json()["error"]["message"]) == (
+        422, f"--engine {bundle.name}: damaged; --input in: no images",
+    )  # fmt: skip
+    assert service.ask("GET", "/v1/jobs/a").json() == {
+        "id": "a", "done": 1, "message": ". is full", "input": "in",
+        "error_rows": [{"uri": "in/a.jpg", "error": "unreadable: in/a.jpg"}],
+    }  # fmt: skip
