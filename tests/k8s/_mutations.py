@@ -101,6 +101,9 @@ MUTATIONS: dict[str, Mutation] = {
     "host path": Mutation(
         "no-host", lambda o: pod(o)["volumes"].append({"name": "docker", "hostPath": {"path": "/var/run"}})
     ),
+    "containers see each other": Mutation(
+        "no-host", lambda o: head(o)["template"]["spec"].update(shareProcessNamespace=True)
+    ),
     "token of the cluster": Mutation("no-cluster-token", lambda o: pod(o).pop("automountServiceAccountToken")),
     "default account": Mutation("no-cluster-token", lambda o: pod(o, "batch").pop("serviceAccountName")),
     "head reads the autoscaler's token": Mutation(
@@ -129,6 +132,10 @@ MUTATIONS: dict[str, Mutation] = {
     "disk without bound": Mutation(
         "disk-bounded",
         lambda o: next(v for v in pod(o)["volumes"] if v["name"] == "tmp").update(emptyDir={}),
+    ),
+    "logs of the head without bound": Mutation(
+        "disk-bounded",
+        lambda o: cluster(o)["autoscalerOptions"]["volumeMounts"].pop(1),
     ),
     "jobs API without token": Mutation("ray-token", lambda o: cluster(o, "batch").pop("authOptions")),
     "token auth disabled": Mutation("ray-token", lambda o: cluster(o)["authOptions"].update(mode="disabled")),
@@ -164,6 +171,15 @@ MUTATIONS: dict[str, Mutation] = {
         lambda o: find(o, "RayJob", "train")["spec"].update(shutdownAfterJobFinishes=False),
     ),
     "no retry": Mutation("jobs-end", lambda o: find(o, "RayJob", "batch")["spec"].update(backoffLimit=0)),
+    "checkpoints on a pod's own disk": Mutation(
+        "resumes",
+        lambda o: reword(find(o, "RayJob", "train")["spec"], "--out s3://onepass/runs/ca", "--out /tmp/runs/ca"),
+    ),
+    "scores on a pod's own disk": Mutation(
+        "resumes",
+        lambda o: reword(find(o, "RayJob", "batch")["spec"], "--output /store/scores", "--output /models/scores"),
+        overlay="local",
+    ),
     "waits for nodes for ever": Mutation(
         "jobs-end",
         lambda o: find(o, "RayJob", "train")["spec"].pop("preRunningDeadlineSeconds"),
@@ -317,6 +333,13 @@ MUTATIONS: dict[str, Mutation] = {
         lambda o: policy(o, "serve-to-redis")["podSelector"]["matchExpressions"][0]["values"].remove("redis-cleanup"),
     ),
     "autoscaler shut off from the API": Mutation("network", lambda o: without(o, "NetworkPolicy", "autoscaler")),
+    "autoscaler reaches a whole network": Mutation(
+        "api-server-alone",
+        lambda o: policy(o, "autoscaler")["egress"][0].update(to=[{"ipBlock": {"cidr": "10.96.0.0/16"}}]),
+    ),
+    "pods reach the private network": Mutation(
+        "network", lambda o: policy(o, "object-storage")["egress"][0]["to"][0]["ipBlock"]["except"].remove("10.0.0.0/8")
+    ),
     "no DNS cache": Mutation("network", lambda o: policy(o, "dns")["egress"][0]["to"].pop(1)),
 }
 

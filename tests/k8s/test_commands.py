@@ -18,7 +18,9 @@ import yaml
 from pipeline.train import parse_workers
 from serving.config import ServiceConfig
 from tests.k8s._manifests import ISTIO_DEFAULTS, K8S, Object, Pod, build, clusters, find, pods
-from tests.k8s._policy import RULES, broken
+from tests.k8s._policy import broken
+from tests.k8s._rules import RULES
+from tests.k8s._rules_of_network import api_servers
 
 README = (K8S / "README.md").read_text()
 
@@ -90,6 +92,21 @@ def test_stages_hand_over_to_each_other(objects: list[Object]) -> None:
 
 def serve_config(objects: list[Object]) -> dict[str, Any]:
     return yaml.safe_load(find(objects, "RayService", "serve")["spec"]["serveConfigV2"])
+
+
+def test_planted_data_is_what_the_local_jobs_read(overlays: dict[str, list[Object]], tmp_path: Path) -> None:
+    """The job of the overlay local, run with fewer pictures, on a volume of the test."""
+    objects = overlays["local"]
+    (container,) = find(objects, "Job", "data")["spec"]["template"]["spec"]["containers"]
+    (code,) = container["args"]
+    few = re.sub(r"(per_class_\w+)=\d+", r"\1=1", code).replace("/store/", f"{tmp_path}/")
+    assert container["command"] == ["python", "-c"] and few.count("=1,") + few.count("=1)") == 2
+    exec(compile(few, "data", "exec"), {})
+    train = find(objects, "RayJob", "train")["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+    batch = parsed(shlex.split(find(objects, "RayJob", "batch")["spec"]["entrypoint"]))
+    read = {train["initContainers"][0]["env"][0]["value"].removeprefix("file://"), batch.input}
+    (folder,) = (Path(place.replace("/store/", f"{tmp_path}/")) for place in read)
+    assert list(folder.glob("train/*/*")) and list(folder.glob("val/*/*"))
 
 
 def test_serve_config_fits_serve_and_the_application(objects: list[Object]) -> None:
@@ -168,10 +185,10 @@ def test_overlay_of_the_readme_keeps_the_rules(tmp_path: Path) -> None:
     text = textwrap.dedent(README[start : README.index("\n\n", start)])
     text = text.replace("../gpu", f"{os.path.relpath(K8S, tmp_path)}/overlays/gpu")
     text = text.replace("<registry>", "registry.example.org").replace("<digest>", "0" * 64)
-    (tmp_path / "kustomization.yaml").write_text(text.replace("<address>", "10.20.30.40"))
+    (tmp_path / "kustomization.yaml").write_text(text.replace("<address>", "10.96.0.1"))
     objects = build(tmp_path)
     assert broken(objects) == {}
-    assert "10.0.0.0/8" not in str(find(objects, "NetworkPolicy", "autoscaler"))
+    assert api_servers(objects) == ["10.96.0.1/32"]
     assert {container["image"] for pod in pods(objects) if pod.ours for container in pod.containers} == {
         f"registry.example.org/onepass-saliency@sha256:{'0' * 64}"
     }

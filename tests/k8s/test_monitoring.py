@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,10 @@ import yaml
 
 from pipeline.mask_statistics import mask_statistics
 from serving.metrics import Metrics
-from tests.k8s._manifests import K8S, Object, clusters, find, pods
+from tests.k8s._manifests import K8S, Object, clusters, find, need, pods
 
 REPOSITORY = K8S.parent
+CASES = Path(__file__).with_name("alerts.yaml")
 # Of Ray itself and of kube-state-metrics; the former are looked up in the installed Ray.
 FROM_RAY = {
     "ray_node_gpus_utilization": "dashboard/modules/reporter/reporter_agent.py",
@@ -98,12 +98,16 @@ def test_alerts_cover_what_operators_ask_for(overlays: dict[str, list[Object]]) 
 
 @pytest.mark.parametrize(("alert", "component"), [("OnepassBatchStuck", "batch"), ("OnepassTrainingStuck", "train")])
 def test_a_hang_before_the_first_sample_is_told(alert: str, component: str, overlays: dict[str, list[Object]]) -> None:
-    """A job that never wrote anything has no series: the alert starts from the pods that are up, workers alone."""
+    """A job that never wrote anything has no series: the alert starts from the pods that are up, workers alone.
+
+    They have to have been up for as long as progress is looked for, or each job would alarm while it begins.
+    """
     expression = alerts(overlays["gpu"])[alert]["expr"]
     up, _, progress = expression.partition(" unless on (ray_io_cluster) ")
-    match = re.fullmatch(r'count by \(ray_io_cluster\) \(up\{component="(\w+)", container="([\w-]+)"\} == 1\) > 0', up)
+    count = r'count by \(ray_io_cluster\) \(up\{component="(\w+)", container="([\w-]+)"\}'
+    match = re.fullmatch(rf"{count} == 1\) > 0 and on \(ray_io_cluster\) {count} offset (\w+) == 1\) > 0", up)
     assert match and progress.endswith("> 0")
-    assert match[1] == component
+    assert match[1] == match[3] == component and match[2] == match[4] and f"[{match[5]}]" in progress
     workers = [
         p for p in pods(overlays["gpu"]) if p.role == "worker" and p.labels["app.kubernetes.io/component"] == component
     ]
@@ -128,14 +132,19 @@ def test_replicas_are_counted_once(overlays: dict[str, list[Object]]) -> None:
             assert len(re.findall(once, expression)) == len(re.findall(rf"(?<!\w){name}\b", expression)), name
 
 
+def test_every_alert_is_tried_both_ways(overlays: dict[str, list[Object]]) -> None:
+    cases = [case for test in yaml.safe_load(CASES.read_text())["tests"] for case in test["alert_rule_test"]]
+    for fires in (True, False):
+        tried = {case["alertname"] for case in cases if bool(case["exp_alerts"]) == fires}
+        assert tried == alerts(overlays["gpu"]).keys()
+
+
 def test_alerts_fire_when_they_should(overlays: dict[str, list[Object]], tmp_path: Path) -> None:
     """Prometheus' own rule tests, on series as jobs leave them."""
-    promtool = shutil.which("promtool")
-    if promtool is None:
-        pytest.skip("needs promtool (Debian: apt-get install prometheus)")
+    promtool = need("promtool", "prometheus")
     rules = find(overlays["gpu"], "PrometheusRule", "onepass")["spec"]
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump(rules))
-    (tmp_path / "alerts.yaml").write_text(Path(__file__).with_name("alerts.yaml").read_text())
+    (tmp_path / "alerts.yaml").write_text(CASES.read_text())
     done = subprocess.run(
         [promtool, "test", "rules", "alerts.yaml"], cwd=tmp_path, capture_output=True, text=True, timeout=60
     )
