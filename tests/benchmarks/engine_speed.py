@@ -5,9 +5,11 @@
 Made for a GPU; with ``--device cpu`` everything that a CPU runs is run, to try the script.  Random weights, since only time
 is measured.  Images lie on the device and answers stay there, so that the network is what is timed; one row has the copies
 of pinned memory both ways as well.  Contestants: torch in float32 (no TF32), torch and torch.compile in bfloat16, ONNX
-Runtime and TensorRT(-RTX) in fp32, fp16 and int8.  What cannot run is in the result with its error.  Ceilings: the largest
-of a few matrix products in bfloat16, and copies from pinned memory.  ``share_of_matrix_peak``: the network's multiply-adds
-times two, times images per second, over that.  The gate of `export.parity` judges the answers of the same engines.
+Runtime and TensorRT(-RTX) in fp32, fp16 and int8; each with the mask and as the plain classifier, which is the same graph
+cut at the logits.  What cannot run is in the result with its error.  Ceilings: the largest of a few matrix products in
+bfloat16, and copies from pinned memory.  ``share_of_matrix_peak``: the network's multiply-adds times two, times images per
+second, over that; ``share_of_copies``: the same of the images that the copies alone could bring.  ``mask_costs``: time with
+the mask over time without.  The gate of `export.parity` judges the answers of the same engines, and of torch in bfloat16.
 """
 
 from __future__ import annotations
@@ -18,27 +20,41 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
+import onnx
 import torch
+from onnx.utils import Extractor
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from export import onnx as export_onnx
+from export import precision as export_precision
 from export import trt as export_trt
-from export.engine import Engine, open_engine
+from export.backend import load_backend
+from export.build import BuildConfig, build, parse_profile
+from export.engine import Engine, OnnxEngine, default_threads, open_engine
 from export.gate import Thresholds, judge
 from export.gate_images import from_noise
 from export.gpu import gpus
 from export.graph import DeployableGraph
+from export.judged import serialise
+from export.manifest import METADATA_KEY, Manifest
+from export.plan_engine import PlanEngine
 from export.torch_engine import TorchEngine
+from export.verify import compiled_graph
 from pipeline.bundle import Bundle, load_bundle
 from tests.benchmarks.explanation_cost import a_bundle
 
 LEAST_RUNS = 5
 JUDGED_IMAGES = 16
+ALONE = ", classifier alone"
+PRECISIONS = {"fp32": "fp32", "fp16": "fp16", "int8": "int8-tensorrt"}
+"""Of `export.trt`, and what `export.precision` calls them."""
 Answer = Callable[[Tensor], Any]
 
 
@@ -68,12 +84,14 @@ def measure(flags: argparse.Namespace, folder: Path) -> dict[str, Any]:
     batches = [int(text) for text in flags.batch.split(",")]
     peak = matrix_peak(flags)
     flops = count_flops(bundle, size)
+    copies = copy_rates(flags)
     result: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if flags.device == "cuda" else "cpu",
         "matrix_peak_tflops": round(peak / 1e12, 3),
-        "copy_gb_per_second": copy_rates(flags),
+        "copy_gb_per_second": copies,
         "gflops_per_image": round(flops / 1e9, 3),
         "images_per_second": {},
+        "mask_costs": {},
         "cannot_run": {},
         "gate": {},
     }
@@ -84,12 +102,23 @@ def measure(flags: argparse.Namespace, folder: Path) -> dict[str, Any]:
             for batch in batches:
                 images = torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8, device=flags.device)
                 rate = batch / seconds_of(lambda answer=answer, images=images: answer(images), flags)
-                rates[str(batch)] = {"rate": round(rate, 1), "share_of_matrix_peak": round(rate * flops / peak, 4)}
+                rates[str(batch)] = {
+                    "rate": round(rate, 1),
+                    "share_of_matrix_peak": round(rate * flops / peak, 4),
+                    "share_of_copies": round(rate * size * size * 3 / (copies["in"] * 1e9), 4),
+                }
             result["images_per_second"][name] = rates
         except Exception as error:  # each runtime has errors of its own, and what they say is the result
             result["cannot_run"][name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    for path in (*folder.glob("model.onnx"), *sorted(folder.glob("*.plan"))):
-        result["gate"][path.name] = gate(path, bundle, flags)
+    found = result["images_per_second"]
+    for name in found:
+        if name + ALONE in found:
+            result["mask_costs"][name] = {
+                batch: round(found[name + ALONE][batch]["rate"] / row["rate"], 3) for batch, row in found[name].items()
+            }
+    for path in (*(folder / f"{name}.onnx" for name in PRECISIONS), *sorted(folder.glob("*.plan"))):
+        result["gate"][path.name] = gate(lambda path=path: opened(path, flags), bundle, flags)
+    result["gate"]["torch bf16"] = gate(lambda: InTorch(bundle, flags), bundle, flags)
     return result
 
 
@@ -99,31 +128,87 @@ def contestants(
     """Name -> what makes the function that is timed."""
     made: dict[str, Callable[[], Answer]] = {
         "torch fp32": lambda: in_torch(bundle, flags, torch.float32),
-        "torch fp32, classifier alone": lambda: in_torch(bundle, flags, torch.float32, mask=False),
+        "torch fp32" + ALONE: lambda: in_torch(bundle, flags, torch.float32, mask=False),
         "torch bf16": lambda: in_torch(bundle, flags, torch.bfloat16),
-        "torch bf16, classifier alone": lambda: in_torch(bundle, flags, torch.bfloat16, mask=False),
+        "torch bf16" + ALONE: lambda: in_torch(bundle, flags, torch.bfloat16, mask=False),
         "torch.compile bf16": lambda: torch.compile(in_torch(bundle, flags, torch.bfloat16), dynamic=False),
-        "torch.compile bf16, classifier alone": lambda: torch.compile(
+        "torch.compile bf16" + ALONE: lambda: torch.compile(
             in_torch(bundle, flags, torch.bfloat16, mask=False), dynamic=False
         ),
         "torch bf16, with copies": lambda: with_copies(in_torch(bundle, flags, torch.bfloat16), flags),
     }
 
-    def in_onnxruntime() -> Answer:
-        path = folder / "model.onnx"
-        export_onnx.main(["--model", str(bundle.path), "--out", str(path), "--parity-images", "4"])
-        return open_engine(path, provider=flags.device).tensors
-
-    def in_tensorrt(precision: str) -> Answer:
-        path = folder / f"{precision}.plan"
-        words = ["--model", str(bundle.path), "--out", str(path), "--precision", precision, "--parity-images", "4"]
-        export_trt.main([*words, "--batch", f"1,{min(64, largest)},{largest}", "--calib-images", "32"])
-        return open_engine(path).tensors
-
-    made["onnxruntime fp32"] = in_onnxruntime
-    for precision in ("fp32", "fp16", "int8"):
-        made[f"tensorrt {precision}"] = lambda precision=precision: in_tensorrt(precision)
+    profile = f"1,{min(64, largest)},{largest}"
+    for precision in PRECISIONS:
+        graph, plan = folder / f"{precision}.onnx", folder / f"{precision}.plan"
+        made |= {
+            f"onnxruntime {precision}": lambda graph=graph: in_onnxruntime(bundle, graph, flags),
+            f"onnxruntime {precision}" + ALONE: lambda graph=graph: alone(graph, flags),
+            f"tensorrt {precision}": lambda plan=plan: in_tensorrt(bundle, plan, profile),
+            f"tensorrt {precision}" + ALONE: lambda plan=plan: plan_alone(plan, profile),
+        }
     return made
+
+
+def in_onnxruntime(bundle: Bundle, path: Path, flags: argparse.Namespace) -> Answer:
+    """The graph of one precision, exported to ``path``."""
+    words = ["--model", str(bundle.path), "--out", str(path), "--parity-images", "4"]
+    if path.stem == "fp32":
+        export_onnx.main(words)
+    else:
+        export_precision.main([*words, "--precision", PRECISIONS[path.stem], "--calib-images", "32"])
+    return opened(path, flags).tensors
+
+
+def opened(path: Path, flags: argparse.Namespace) -> Engine:
+    """An engine on the device that is measured."""
+    return open_engine(path, provider="auto" if path.suffix == ".plan" else flags.device)
+
+
+def classifier_of(path: Path) -> tuple[onnx.ModelProto, Manifest]:
+    """An exported graph cut at the logits, and the manifest that fits it."""
+    model = onnx.load(path)
+    text = next(entry.value for entry in model.metadata_props if entry.key == METADATA_KEY)
+    manifest = Manifest.model_validate_json(text)
+    part = Extractor(onnx.shape_inference.infer_shapes(model)).extract_model(["image"], ["logits"])
+    return part, manifest.model_copy(update={"outputs": manifest.outputs[:1]})
+
+
+def alone(path: Path, flags: argparse.Namespace) -> Answer:
+    """The classifier of an exported graph in ONNX Runtime."""
+    data = serialise(*classifier_of(path))
+    return OnnxEngine(path, provider=flags.device, threads=default_threads(), data=data).tensors
+
+
+def in_tensorrt(bundle: Bundle, path: Path, profile: str) -> Answer:
+    """The plan of one precision, built into ``path``."""
+    words = ["--model", str(bundle.path), "--out", str(path), "--precision", path.stem, "--parity-images", "4"]
+    export_trt.main([*words, "--batch", profile, "--calib-images", "32"])
+    return open_engine(path).tensors
+
+
+def plan_alone(path: Path, profile: str) -> Answer:
+    """The classifier of the graph that a plan was compiled from, as a plan of its own."""
+    part, manifest = classifier_of(compiled_graph(path))
+    backend, config = load_backend("auto"), BuildConfig(profiles=(parse_profile(profile),))
+    graph = serialise(part, manifest)
+    built = build(graph, backend, config)
+    described = export_trt.describe_plan(manifest, graph, built, backend, config)
+    return PlanEngine(path, manifest=described, plan=built.plan).tensors
+
+
+class InTorch(TorchEngine):
+    """The bundle in torch in bfloat16, as the engine that the gate wants."""
+
+    def __init__(self, bundle: Bundle, flags: argparse.Namespace) -> None:
+        super().__init__(bundle.path, device=flags.device, bundle=bundle)
+        self.info = replace(self.info, precision="bf16")
+        self._answer = in_torch(bundle, flags, torch.bfloat16)
+        self._flags = flags
+
+    def outputs(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        found = self._answer(torch.from_numpy(np.ascontiguousarray(images)).to(self._flags.device))
+        return dict(zip(("logits", "mask"), (value.float().cpu().numpy() for value in found), strict=True))
 
 
 def in_torch(bundle: Bundle, flags: argparse.Namespace, dtype: torch.dtype, *, mask: bool = True) -> Answer:
@@ -195,10 +280,10 @@ def count_flops(bundle: Bundle, size: int) -> float:
     return float(counter.get_total_flops())
 
 
-def gate(path: Path, bundle: Bundle, flags: argparse.Namespace) -> str:
+def gate(make: Callable[[], Engine], bundle: Bundle, flags: argparse.Namespace) -> str:
     """The gate's verdict on the answers of an engine, where it runs."""
     try:
-        engine: Engine = open_engine(path, provider="auto" if path.suffix == ".plan" else flags.device)
+        engine = make()
         images = from_noise(flags.image_size, JUDGED_IMAGES)
         reference = TorchEngine(bundle.path, bundle=bundle)
         verdict = judge(reference, engine, images, thresholds=Thresholds.of(engine.info.precision))

@@ -24,7 +24,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from pipeline.data.store import Entry
+from pipeline.data.folders import Entry
 from serving.inputs import Kind
 from serving.ledger import Ledger
 from serving.plan import LARGEST_SHARD, cut, write_plan
@@ -84,6 +84,7 @@ def measure_jobs(flags: argparse.Namespace) -> dict[str, Any]:
         with TemporaryDirectory() as folder:
             link(flags.images, Path(folder) / "in", size)
             result[str(size)] = measure_job(flags, Path(folder))
+        print(size, json.dumps(result[str(size)]), file=sys.stderr)  # the largest may take its time
     return result | {"grown": grown(list(result.values()))}
 
 
@@ -126,21 +127,24 @@ def measure_job(flags: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def watch(session: int, peaks: dict[str, int], done: threading.Event) -> None:
-    """Note the largest resident memory (without what is shared with others) of every kind of process of a session."""
+    """Note the largest anonymous resident memory of every kind of process of a session.
+
+    Pages of files are left out: whether they count as shared depends on what else runs on the machine.
+    """
     while not done.wait(0.5):
         for pid in subprocess.run(["pgrep", "-s", str(session)], capture_output=True, text=True).stdout.split():
             try:
-                status = Path(f"/proc/{pid}/smaps_rollup").read_text()
+                status = Path(f"/proc/{pid}/status").read_text()
                 words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
             except OSError:  # it has ended
                 continue
-            private = sum(int(kb) for kb in re.findall(r"Private_\w+:\s+(\d+) kB", status)) // 1024
+            anonymous = sum(int(kb) for kb in re.findall(r"RssAnon:\s+(\d+) kB", status)) // 1024
             name = Path(words[0]).name if not words[0].startswith("ray::") else words[0].partition(".")[0]
             if name.startswith("python"):
                 name = next((w for w in words if w.startswith("serving.") or w.endswith(".py")), name).rpartition("/")[
                     2
                 ]
-            peaks[name] = max(peaks.get(name, 0), private)
+            peaks[name] = max(peaks.get(name, 0), anonymous)
 
 
 if __name__ == "__main__":

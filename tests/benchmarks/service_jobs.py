@@ -54,7 +54,10 @@ def main() -> None:
                 job = httpx.post(f"{address}/v1/jobs", json=asked, timeout=60).json()["id"]
             listed = [found["id"] for found in httpx.get(f"{address}/v1/jobs", timeout=60).json()]
             assert listed == [job], listed
-            wanted = len(parts(output)) + 3 if life < flags.kills else None
+            # Killed evenly over the job; it may have got a little further meanwhile.
+            wanted = (
+                (life + 1) * -(-flags.rows // flags.shard_size) // (flags.kills + 1) if life < flags.kills else None
+            )
             state = await_job(address, job, output, wanted)
             states.append(state["state"])
             print(f"life {life + 1}: {state['state']}, {state['done']} of {state['total']} rows", file=sys.stderr)
