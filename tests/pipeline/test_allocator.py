@@ -13,13 +13,13 @@ from pipeline.allocator import keep_freed_memory
 if "keep" in sys.argv:
     keep_freed_memory()
 import torch
-import torchvision
 torch.set_num_threads(1)
-network = torchvision.models.resnet18()
-images = torch.randn(8, 3, 160, 160)
-def step():
-    network(images).sum().backward()
-step(), step()
+def step():  # blocks of 40 MB: more than the allocator ever learns to keep by itself
+    maps = [torch.ones(10_000_000)]
+    while len(maps) < 4:
+        maps.append(maps[-1].mul(2))
+for _ in range(6):  # until free pieces of all sizes lie ready
+    step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 step()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
@@ -37,6 +37,6 @@ def test_large_blocks_are_used_again() -> None:
     plain = faults()
     kept = faults("keep")
     if platform.libc_ver()[0] == "glibc":
-        assert 3 * kept < plain and plain > 2000
+        assert 2 * kept < plain
     else:
         assert kept < 2 * plain, "left alone where the allocator is another one"

@@ -70,7 +70,7 @@ def test_objects_of_a_list_are_known_by_their_content(
     (tmp_path / "list.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
     asked: list[str] = []
     look_at = folders.look_at
-    monkeypatch.setattr(store, "look_at", lambda place: asked.append(place) or look_at(place))
+    monkeypatch.setattr(folders, "look_at", lambda place: asked.append(place) or look_at(place))
 
     def found() -> list[folders.Entry]:
         asked.clear()
