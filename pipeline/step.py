@@ -1,11 +1,11 @@
 """One training step: clean, masked-in and masked-out pictures, two networks, gradients first and updates last.
 
-This is the plain form, the oracle of any faster one.  It differs from the published step in three places, all on
-purpose: every gradient is taken before any weight moves (the reference moves the classifier under the masker's
-backward pass), a drawn earlier classifier really judges the masks and the whole pictures that they are compared with (the
-reference loads it and asks the current one), and the classifier's BatchNorm statistics are those of clean pictures.  ``Preset.compat = "published"`` moves the classifier
-on its clean loss before it judges the masks, and lets masked pictures shift its statistics; ``PopulationConfig.inert``
-never asks a drawn one.
+``plain=True`` is the oracle of the faster form.  Both differ from the published step in three places, all on purpose: every
+gradient is taken before any weight moves (the reference moves the classifier under the masker's backward pass), a drawn
+earlier classifier really judges the masks and the whole pictures that they are compared with (the reference loads it and
+asks the current one), and the classifier's BatchNorm statistics are those of clean pictures.  ``Preset.compat =
+"published"`` moves the classifier on its clean loss before it judges the masks, and lets masked pictures shift its
+statistics; ``PopulationConfig.inert`` never asks a drawn one.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from pipeline.batchnorm import frozen_statistics
 from pipeline.blank import blank_answer, blank_loss, unit_of, wide
 from pipeline.clean_cache import CleanCache
 from pipeline.concrete import ConcreteHead
+from pipeline.fakes import told_classes
 from pipeline.fills import Fill, Zero
 from pipeline.first_masks import even_out
 from pipeline.masking import mask_in, mask_out, upsample
@@ -34,6 +35,7 @@ from pipeline.model import SaliencyModel
 from pipeline.objectives import KLPriorConfig, SideConfig, kl_prior_criterion, side_loss
 from pipeline.population import Population
 from pipeline.presets import Preset
+from pipeline.shared_pass import SharedPass, coinciding, summed
 
 PUBLISHED_SIZE = 224
 """Input size for which the weights of TV are stated."""
@@ -74,6 +76,8 @@ class Losses:
     """What the classifier minimises; none when it is frozen."""
     logs: dict[str, Tensor]
     """Scalars that add up over the workers."""
+    shared: tuple[SharedPass, ...] = ()
+    """Sides whose gradients, of both networks, come out of one pass: in the value of ``masker`` only, in no gradient of the two."""
 
 
 class JointStep:
@@ -100,9 +104,11 @@ class JointStep:
         ``classes``: the outputs that the data has pictures of; none: all.  ``class_weights``: (C,), see `class_weights_of`;
         needed for a prior of the data.  ``cache``: of a frozen classifier's clean passes.
 
-        ``plain``: leave the classifier's layers as they are, instead of rewriting them (`pipeline.acceleration`).
+        ``plain``: leave the classifier's layers as they are, instead of rewriting them (`pipeline.acceleration`), and take
+        each network's gradients in passes of their own (`pipeline.shared_pass`).
         """
         self.model = model
+        self.plain = plain
         if not plain:
             accelerate(model.backbone)
         self.preset = preset
@@ -238,7 +244,7 @@ class JointStep:
         masker.train()
         with self.autocast:
             maps = {layer: value.detach() for layer, value in clean.features.items()}
-            told, fake = self._told_classes(labels, clean.logits.shape[1], generator)
+            told, fake = told_classes(labels, clean.logits.shape[1], self.classes, preset.fakes, generator)
             classes = told if masker.class_module is not None else None
             mask_logits = wide(masker(maps, target_area=areas if masker.target_area else None, labels=classes))
             native = masker.masks(mask_logits, generator)  # (n, 1, h, w)
@@ -260,6 +266,7 @@ class JointStep:
         }
         masker_loss = mask.new_zeros(())
         classifier_loss = clean.loss
+        shared: list[SharedPass] = []
         shown = {
             "in": (preset.mask_in, preset.weight_in, mask_in),
             "out": (preset.mask_out, preset.weight_out, mask_out),
@@ -268,12 +275,18 @@ class JointStep:
             if config is None:
                 continue
             statistics = nullcontext() if preset.compat == "published" else frozen_statistics(judge)
+            sign = None if self.plain or drawn is not None or not classifier_learns else coinciding(config, fake)
+            seen = mask if sign is None else mask.detach().requires_grad_()
             with statistics, self.autocast:
-                answer = wide(judge(show(x, mask, self.fills[name], generator)).logits)
-            loss = self._side(config, mask, answer, whole, batch, fake, unit, divisor)
-            masker_loss = masker_loss + weight * loss
+                answer = wide(judge(show(x, seen, self.fills[name], generator)).logits)
+            judged = answer if sign is None else answer.detach()
+            masker_loss = masker_loss + weight * self._side(config, mask, judged, whole, batch, fake, unit, divisor)
             if drawn is None:
-                classifier_loss = classifier_loss + weight * F.cross_entropy(answer, labels, reduction="sum") / divisor
+                learnt = weight * F.cross_entropy(answer, labels, reduction="sum") / divisor
+                if sign is None:
+                    classifier_loss = classifier_loss + learnt
+                else:
+                    shared.append(SharedPass(learnt, seen, mask, sign / unit if preset.relative_units else sign))
             logs[f"{name}_right"] = (answer.detach().argmax(1) == labels).to(unit).sum() / divisor
             if name == "out":
                 log_q = F.log_softmax(answer.detach(), 1)
@@ -283,22 +296,23 @@ class JointStep:
                 logs["leak"] = given_away.to(unit).sum() / divisor
         logs["masker_loss"] = masker_loss.detach()
         # In the published order a step without masked pictures leaves the classifier nothing more to learn.
-        learns = classifier_learns and classifier_loss.requires_grad
-        return Losses(masker_loss, classifier_loss if learns else None, logs)
+        learns = classifier_learns and (classifier_loss.requires_grad or bool(shared))
+        return Losses(masker_loss, classifier_loss if learns else None, logs, tuple(shared))
 
     def gradients(self, losses: Losses) -> tuple[list[Tensor], list[Tensor]]:
         """Gradients of the masker's and the classifier's parameters; nothing has moved yet."""
+        split = [side.split(self.classifier_parameters) for side in losses.shared]
+        parts: list[Sequence[Tensor | None]] = [found for _, found in split]
         masker: list[Tensor] = []
-        classifier: list[Tensor] = []
         if losses.masker is not None:
             keep = losses.classifier is not None
-            masker = list(torch.autograd.grad(losses.masker, self.masker_parameters, retain_graph=keep))
-        if losses.classifier is not None:
-            found = torch.autograd.grad(losses.classifier, self.classifier_parameters, allow_unused=True)
-            classifier = [
-                torch.zeros_like(p) if g is None else g for p, g in zip(self.classifier_parameters, found, strict=True)
-            ]
-        return masker, classifier
+            asked = sum((term for term, _ in split), losses.masker)
+            masker = list(torch.autograd.grad(asked, self.masker_parameters, retain_graph=keep))
+        if losses.classifier is None:
+            return masker, []
+        if losses.classifier.requires_grad:
+            parts.append(torch.autograd.grad(losses.classifier, self.classifier_parameters, allow_unused=True))
+        return masker, summed(self.classifier_parameters, parts)
 
     # -- parts ------------------------------------------------------------------------------------------------------
 
@@ -313,7 +327,7 @@ class JointStep:
         unit: Tensor,
         divisor: int,
     ) -> Tensor:
-        """Objective, area and TV of one side, in the preset's units; ``fake``: (n,) bool, see `_told_classes`."""
+        """Objective, area and TV of one side, in the preset's units; ``fake``: (n,) bool, see `told_classes`."""
         relative = self.preset.relative_units
         scale = unit if relative else torch.ones_like(unit)
         if isinstance(config, KLPriorConfig):
@@ -345,20 +359,6 @@ class JointStep:
         if config.frequencies == "uniform" or self.class_weights is None:
             return torch.ones_like(answer[0])
         return self.class_weights.to(answer)
-
-    def _told_classes(
-        self, labels: Tensor, outputs: int, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """The classes that the masker is to explain, (n,), and which of them are fakes, (n,) bool; none without fakes."""
-        if not self.preset.fakes:
-            return labels, None
-        classes = torch.arange(outputs, device=labels.device) if self.classes is None else self.classes
-        if len(classes) < 2:
-            return labels, None
-        fake = torch.rand(len(labels), generator=generator, device=labels.device) < self.preset.fakes
-        steps = torch.randint(1, len(classes), (len(labels),), generator=generator, device=labels.device)
-        others = classes[(torch.searchsorted(classes, labels) + steps) % len(classes)]
-        return torch.where(fake, others, labels), fake
 
     def _set_rates(self, phase: str, course: float) -> None:
         options = self.preset.optimisation

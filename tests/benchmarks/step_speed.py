@@ -3,8 +3,11 @@
     python -m tests.benchmarks.step_speed --init timm:mobilenetv2_100 --preset fix --batch-size 16
 
 The plain step in float32 is the oracle; ratios are medians over the rounds.  Before anything is timed the first step of the
-fast float32 one must have the same losses (the tests compare every gradient, in float64).  At the end the fastest step is
-fed from files by the training's own loader, for the share of time that it waits for data.
+fast float32 one must have the same losses (the tests compare every gradient, in float64).  ``--compile`` adds the fast steps
+with a classifier that went through `torch.compile`, whose first step says what compiling takes.  For each kind of step: its
+multiplications and additions in a second, as a share of what one large product of matrices reaches on this machine in the
+same precision.  At the end the last kind is fed from files by the training's own loader, for the share of time that it
+waits for data.  ``--least 1.3`` exits with 1 unless the fast float32 step is that much faster than the plain one.
 """
 
 from __future__ import annotations
@@ -15,10 +18,13 @@ import json
 import os
 import statistics
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.backbone import choose_taps, create_classifier, pyramid, tap_classifier
 from pipeline.data.batches import TrainingBatches
@@ -47,13 +53,23 @@ def a_model(arguments: argparse.Namespace, device: str) -> SaliencyModel:
     return model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
-def a_step(
-    model: SaliencyModel, arguments: argparse.Namespace, device: str, *, plain: bool, precision: str
-) -> JointStep:
+class Kind(NamedTuple):
+    """A form of the step."""
+
+    plain: bool
+    precision: str
+    compiled: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{'plain' if self.plain else 'compiled' if self.compiled else 'fast'} {self.precision}"
+
+
+def a_step(model: SaliencyModel, arguments: argparse.Namespace, device: str, kind: Kind) -> JointStep:
     """A step of the preset with BatchNorm in eval mode, as for a classifier that brings its weights."""
     preset = PRESETS[arguments.preset]
     joint = preset.classifier == "joint"
-    return JointStep(
+    step = JointStep(
         model=copy.deepcopy(model),
         preset=preset,
         fill=Zero(),
@@ -61,10 +77,28 @@ def a_step(
         population=Population(config=preset.population, seed=0) if preset.population and joint else None,
         batchnorm="eval",
         trains_classifier=joint,
-        autocast=torch.autocast(device, torch.bfloat16) if precision == "bf16" else None,
+        autocast=torch.autocast(device, torch.bfloat16) if kind.precision == "bf16" else None,
         scratch=False,
-        plain=plain,
+        plain=kind.plain,
     )
+    if kind.compiled:
+        step.model.backbone.compile()
+    return step
+
+
+def matrix_peak(device: str, precision: str) -> float:
+    """Multiplications and additions a second of one large product of matrices, the best of five."""
+    size = 8192 if device == "cuda" else 2048
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(6):
+        started = time.perf_counter()
+        left @ right
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
 
 
 def waiting(step: JointStep, arguments: argparse.Namespace, device: str) -> float:
@@ -113,15 +147,18 @@ def main() -> None:
     p.add_argument("--image-size", type=int, default=224)
     p.add_argument("--batch-size", type=int, default=16)
     p.add_argument("--rounds", type=int, default=5)
+    p.add_argument("--compile", action="store_true", help="also with torch.compile")
+    p.add_argument("--least", type=float, help="exit with 1 unless fast fp32 is this much faster than plain fp32")
     arguments = p.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     model = a_model(arguments, device)
     x = torch.randn(arguments.batch_size, 3, arguments.image_size, arguments.image_size, device=device)
     batch = Batch(x.to(memory_format=torch.channels_last), torch.randint(1000, (len(x),), device=device))
-    kinds = [(plain, precision) for precision in ("fp32", "bf16") for plain in (True, False)]
-    names = [f"{'plain' if plain else 'fast'} {precision}" for plain, precision in kinds]
-    steps = [a_step(model, arguments, device, plain=plain, precision=precision) for plain, precision in kinds]
+    kinds = [Kind(plain, precision) for precision in ("fp32", "bf16") for plain in (True, False)]
+    if arguments.compile:
+        kinds += [Kind(plain=False, precision=precision, compiled=True) for precision in ("fp32", "bf16")]
+    steps = {kind.name: a_step(model, arguments, device, kind) for kind in kinds}
 
     def take(step: JointStep, number: int) -> dict[str, float]:
         logs = step(batch, step=number, divisor=len(x), phase="joint", course=0.5)
@@ -129,26 +166,41 @@ def main() -> None:
             torch.cuda.synchronize()
         return logs
 
-    first = {name: take(step, 0) for name, step in zip(names, steps, strict=True)}
+    first, operations, compiling = {}, {}, {}
+    for kind in kinds:
+        started = time.perf_counter()
+        with nullcontext() if kind.compiled else FlopCounterMode(display=False) as counter:
+            first[kind.name] = take(steps[kind.name], 0)
+        if counter is None:
+            compiling[kind.name] = round(time.perf_counter() - started, 1)
+        operations[kind.name] = counter.get_total_flops() if counter else operations[f"fast {kind.precision}"]
     for key, wanted in first["plain fp32"].items():
         if abs(first["fast fp32"][key] - wanted) > 1e-4 * max(1.0, abs(wanted)):
             raise SystemExit(f"not the same step: {key} is {first['fast fp32'][key]}, in the plain one {wanted}")
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(1, arguments.rounds + 1):
-        for name, step in zip(names, steps, strict=True):
+        for name, step in steps.items():
             started = time.perf_counter()
             take(step, number)
             seconds[name].append(time.perf_counter() - started)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
+    peaks = {precision: matrix_peak(device, precision) for precision in ("fp32", "bf16")}
     result = {
         "init": arguments.init, "preset": arguments.preset, "batch": len(x), "size": arguments.image_size, "device": device,
         "ratio to plain fp32": {name: round(medians["plain fp32"] / value, 2) for name, value in medians.items()},
+        "share of the matrix peak": {
+            kind.name: round(operations[kind.name] / medians[kind.name] / peaks[kind.precision], 3) for kind in kinds
+        },
         "masker loss of the first step": {name: round(logs["masker_loss"], 6) for name, logs in first.items()},
+        "seconds of the first step": compiling,
     }  # fmt: skip
-    result["share of time waiting for data"] = round(waiting(steps[-1], arguments, device), 4)
+    result["share of time waiting for data"] = round(waiting(list(steps.values())[-1], arguments, device), 4)
     if device == "cuda":
         result["images per second"] = {name: round(len(x) / value, 1) for name, value in medians.items()}
+        result["matrix peak in TFLOP/s"] = {name: round(value / 1e12, 1) for name, value in peaks.items()}
     print(json.dumps(result, indent=1))
+    if arguments.least and medians["plain fp32"] / medians["fast fp32"] < arguments.least:
+        raise SystemExit(f"fast fp32 is not {arguments.least} times as fast as plain fp32")
 
 
 if __name__ == "__main__":

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.acceleration import _FoldingConv, accelerate
 from pipeline.backbone import Backbone, choose_taps, create_classifier, pyramid, tap_classifier
@@ -13,6 +16,7 @@ from pipeline.batchnorm import synchronise
 from pipeline.model import SaliencyModel, build_masker
 from pipeline.population import Population, PopulationConfig
 from pipeline.presets import PRESETS
+from pipeline.settings import configure
 from pipeline.spec import MaskerSpec
 from pipeline.step import Batch
 from tests.pipeline.test_step import a_step
@@ -119,13 +123,31 @@ def test_strided_depthwise_convolutions_in_bfloat16() -> None:
     assert error(gradients[0], exact_gradients[0]) < 1.5 * error(expected_gradients[0], exact_gradients[0])
 
 
-@pytest.mark.parametrize(("preset", "drawn"), [("fix", None), ("ca", None), ("ca", 0)])
-def test_the_fast_step_has_the_gradients_of_the_plain_one(preset: str, drawn: int | None) -> None:
+@pytest.mark.parametrize(
+    ("source", "preset", "words", "drawn"),
+    [
+        ("timm", "fix", [], None),
+        ("timm", "ca", [], None),
+        ("torchvision", "ca", [], 0),
+        ("torchvision", "ca", ["compat=published", "relative_units=false"], None),
+        (
+            "torchvision",
+            "ca",
+            ["mask_out.objective=classification", "mask_out.direction=minimize", "weight_out=0.3"],
+            None,
+        ),
+        ("torchvision", "dabkowski-gal", ["fakes=0.5", "classifier=joint"], None),
+    ],
+)
+def test_the_fast_step_has_the_gradients_of_the_plain_one(
+    source: str, preset: str, words: list[str], drawn: int | None
+) -> None:
     """All of a joint step, MobileNet's folded and depthwise layers included: losses and every gradient, in float64."""
-    backbone = network("timm", "mobilenetv2_100", {"pad_type": "same"})
-    masker = build_masker(MaskerSpec(), backbone, mask_size=SIZE // 4, classes=5)
+    method = configure(preset, words)
+    backbone = network(*(NETWORKS[2] if source == "timm" else NETWORKS[0]))
+    spec = MaskerSpec(class_conditional=True) if preset == "dabkowski-gal" else MaskerSpec()
+    masker = build_masker(spec, backbone, mask_size=SIZE // 4, classes=5)
     model = SaliencyModel(backbone=backbone, masker=masker).double()
-    method = PRESETS[preset]
     joint = method.classifier == "joint"
     found = []
     for plain in (True, False):
@@ -134,7 +156,8 @@ def test_the_fast_step_has_the_gradients_of_the_plain_one(preset: str, drawn: in
         step = a_step(copy.deepcopy(model), method, population, blank=blank, plain=plain)
         population.observe(0, model.backbone)
         batch = Batch(images(), torch.tensor([0, 3, 1]))
-        losses = step.losses(batch, divisor=3, phase="joint", drawn=drawn)
+        drawing = torch.Generator().manual_seed(0)
+        losses = step.losses(batch, divisor=3, phase="joint", drawn=drawn, generator=drawing)
         assert losses.masker is not None and (losses.classifier is not None) == joint
         masker_gradients, classifier_gradients = step.gradients(losses)
         assert len(masker_gradients) > 5 and bool(classifier_gradients) == joint
@@ -142,3 +165,29 @@ def test_the_fast_step_has_the_gradients_of_the_plain_one(preset: str, drawn: in
         found.append([*logs, losses.masker.detach(), *masker_gradients, *classifier_gradients])
     for wanted, mine in zip(*found, strict=True):
         assert torch.allclose(mine, wanted, rtol=1e-9, atol=1e-9 * max(1.0, wanted.abs().max().item()))
+
+
+@pytest.mark.parametrize(("plain", "passes"), [(True, 11), (False, 10)])
+def test_work_of_a_joint_step(plain: bool, passes: int) -> None:
+    """In forward passes of the classifier: three, and the backward passes that somebody needs.
+
+    Clean: the weights' gradients and the way to them, but not to the picture (2).  Masked-in: the way to the mask and the
+    weights' gradients (2, or 3 in two passes).  Masked-out: the mask's (1) and the weights' (2), of different objectives.
+    """
+    backbone = network("torchvision", "resnet18", {}).float()
+    model = SaliencyModel(backbone=backbone, masker=build_masker(MaskerSpec(), backbone, mask_size=16, classes=5))
+    x = images().float()
+
+    def operations(work: Callable[[], object]) -> int:
+        with FlopCounterMode(display=False) as counter:
+            work()
+        return sum(
+            n for module, calls in counter.get_flop_counts().items() if module == "Global" for n in calls.values()
+        )
+
+    forward = operations(lambda: model.backbone(x))
+    masker = operations(lambda: model(x)) - forward
+    step = a_step(model, replace(PRESETS["ca"], weight_blank=0.0), blank=torch.zeros(1, 3, SIZE, SIZE), plain=plain)
+    batch = Batch(x, torch.tensor([0, 3, 1]))
+    whole = operations(lambda: step.gradients(step.losses(batch, divisor=3, phase="joint", drawn=None)))
+    assert (whole - 3 * masker) / forward == pytest.approx(passes, abs=0.5)

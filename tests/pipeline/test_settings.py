@@ -12,6 +12,7 @@ import torch
 from pipeline.backbone import choose_taps, create_classifier, pyramid, tap_classifier
 from pipeline.concrete import ConcreteConfig, ConcreteHead
 from pipeline.errors import UsageError
+from pipeline.fakes import told_classes
 from pipeline.fills import Blur, Zero, make_fill
 from pipeline.model import SaliencyModel, build_masker
 from pipeline.objectives import KLPriorConfig, SideConfig, class_weights_of, side_loss
@@ -130,14 +131,12 @@ def test_every_preset_takes_a_step(name: str) -> None:
 
 
 def test_fakes_are_other_classes_of_the_data() -> None:
-    step = step_for(configure("dabkowski-gal", ["fakes=0.5"]))
     labels = torch.tensor([0, 1, 3] * 200)
-    told, fake = step._told_classes(labels, CLASSES, torch.Generator().manual_seed(0))
+    told, fake = told_classes(labels, CLASSES, None, 0.5, torch.Generator().manual_seed(0))
     assert fake is not None and 250 < int(fake.sum()) < 350
     assert torch.equal(told[~fake], labels[~fake]) and bool((told != labels)[fake].all())
     assert set(told[fake].tolist()) == {0, 1, 2, 3}
-    step.classes = torch.tensor([0, 1, 3])
-    told, fake = step._told_classes(labels, CLASSES, torch.Generator().manual_seed(0))
+    told, fake = told_classes(labels, CLASSES, torch.tensor([0, 1, 3]), 0.5, torch.Generator().manual_seed(0))
     assert fake is not None and set(told[fake].tolist()) == {0, 1, 3} and bool((told != labels)[fake].all())
 
 
@@ -157,10 +156,8 @@ def test_the_masker_is_told_the_wrong_class_and_judged_by_the_right_one(monkeypa
 
 
 def test_data_of_one_class_has_no_wrong_one() -> None:
-    step = step_for(PRESETS["dabkowski-gal"])
-    step.classes = torch.tensor([2])
     labels = torch.tensor([2, 2])
-    told, fake = step._told_classes(labels, CLASSES, None)
+    told, fake = told_classes(labels, CLASSES, torch.tensor([2]), 0.25, None)
     assert fake is None and torch.equal(told, labels)
 
 
