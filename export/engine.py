@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -53,6 +52,8 @@ class EngineInfo:
     bundle_sha256: str
     manifest: dict[str, Any]
     """The manifest's fields; empty for a bundle."""
+    any_size: bool = False
+    """Whether it takes images of any size: it resizes inside, or the network runs at theirs."""
 
 
 class Engine(Protocol):
@@ -132,13 +133,12 @@ def default_threads() -> int:
 
 def checked(images: np.ndarray, info: EngineInfo) -> np.ndarray:
     """``images`` as a contiguous array, after making sure that the graph takes them."""
-    side: Sequence[int | str] = [info.input_size] * 2
-    if info.manifest:
-        side = info.manifest["inputs"][0]["shape"][1:3]
+    side = info.input_size
     fits = images.ndim == 4 and images.shape[3] == 3 and images.dtype == np.uint8
-    if not fits or any(isinstance(s, int) and s != n for s, n in zip(side, images.shape[1:3], strict=True)):
+    if not fits or not (info.any_size or images.shape[1:3] == (side, side)):
+        wanted = "height, width" if info.any_size else f"{side}, {side}"
         raise ValueError(
-            f"an engine takes uint8 images (N, {side[0]}, {side[1]}, 3), not {images.dtype} {images.shape}; "
+            f"an engine takes uint8 images (N, {wanted}, 3), not {images.dtype} {images.shape}; "
             "fit them with pipeline.data.geometry.fit"
         )
     return np.ascontiguousarray(images)
@@ -225,6 +225,7 @@ def info_of(
         max_batch=max_batch,
         bundle_sha256=manifest.bundle_sha256,
         manifest=manifest.model_dump(),
+        any_size=not isinstance(manifest.inputs[0].shape[1], int),
     )
 
 

@@ -131,6 +131,44 @@ def further_outputs(reference: Engine, tested: Engine, images: np.ndarray) -> di
     return worst
 
 
+def displacement(reference: Answers, tested: Answers) -> int:
+    """By how many cells, 0 or 1, the masks of one engine have to be moved to fit those of the other best.
+
+    Rounding has no direction, so this tells a shift from it at any precision.  All images count together, without the
+    cells at the edge; masks of fewer than 4 cells a side have no such figure (0).
+    """
+    one, two = np.nan_to_num(reference.masks).astype(np.float64), np.nan_to_num(tested.masks).astype(np.float64)
+    height, width = one.shape[1:]
+    if min(height, width) < 4:
+        return 0
+    inside = two[:, 1:-1, 1:-1]
+    apart = {
+        (down, right): np.abs(one[:, 1 + down : height - 1 + down, 1 + right : width - 1 + right] - inside).sum()
+        for down in (0, -1, 1)
+        for right in (0, -1, 1)
+    }
+    best = min(apart, key=lambda move: apart[move])  # the first of equals: not moved
+    return max(abs(step) for step in best)
+
+
+def other_sizes(reference: Engine, tested: Engine, images: np.ndarray) -> dict[str, dict[str, float]]:
+    """Largest differences at sizes that are not the input's, for graphs that take any; keyed `HxW`.
+
+    The pictures are ``images`` (n, S, S, 3), continued beyond their edges.  Named as in `summarise`.
+    """
+    side, names = images.shape[1], ("logits_max_rel", "mask_max_abs")
+    found = {}
+    for height, width in ((side, 2 * side - 5), (side + side // 2 + 1, side), (2 * side + 3, side + 9)):
+        larger = np.pad(images[:2], ((0, 0), (0, height - side), (0, width - side), (0, 0)), mode="wrap")
+        one, two = answers(reference, larger, batch=2), answers(tested, larger, batch=2)
+        if one.masks.shape != two.masks.shape:
+            found[f"{height}x{width}"] = dict.fromkeys(names, float("inf"))
+            continue
+        figures = summarise(per_image(one, two), one)
+        found[f"{height}x{width}"] = {name: figures[name] for name in names}
+    return found
+
+
 def batch_sizes(wanted: Sequence[int], limit: int) -> list[int]:
     """The batch sizes to compare: 1, even and odd ones, and ``wanted`` (opt, max), none above ``limit``."""
     return sorted({min(size, limit) for size in (1, 2, 3, 7, *wanted)})

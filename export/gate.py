@@ -14,8 +14,10 @@ from export.figures import (
     answers,
     batch_invariance,
     batch_sizes,
+    displacement,
     further_outputs,
     localisation,
+    other_sizes,
     per_image,
     summarise,
 )
@@ -89,6 +91,8 @@ class Thresholds:
     """Least mean IoU of the masks binarised at their mean."""
     rank_correlation: float = 0.998
     """Least mean Spearman correlation of the cells of the stored masks."""
+    mask_shift: int = 0
+    """Cells by which the masks fit better elsewhere, at any precision: none."""
     drop: float = 0.002
     """Most that LE and OM may rise, or F1 fall."""
     rows: float = 1e-5
@@ -139,6 +143,7 @@ _KINDS: dict[str, type[ParityError]] = {
     "top1_agreement": Top1Error,
     "mask_iou": MaskShapeError,
     "rank_correlation": MaskShapeError,
+    "mask_shift": MaskShapeError,
 }
 _LEAST = ("top1_agreement", "mask_iou", "rank_correlation")
 
@@ -197,6 +202,7 @@ def judge(
     columns = per_image(expected, found)
     _forgive_ties(columns, expected, thresholds)
     figures: dict[str, Any] = {"n_images": len(images.images), **summarise(columns, expected)}
+    figures["mask_shift"] = displacement(expected, found)
     size = reference.info.input_size
     before, after = localisation(expected, images, size), localisation(found, images, size)
     figures |= {"n_boxes": images.annotated, **{f"reference_{name}": value for name, value in before.items()}}
@@ -206,6 +212,8 @@ def judge(
         most = min(most, MOST_COMPARED_BATCH)
     figures["outputs"] = further_outputs(reference, tested, images.images[:batch])
     figures["batch"] = batch_invariance(tested, images.images, batch_sizes((*batches, most), most))
+    if reference.info.any_size and tested.info.any_size:
+        figures["sizes"] = other_sizes(reference, tested, images.images)
     errors = check(figures, thresholds)
     return Verdict(
         figures=figures, columns=columns, reference=expected, tested=found, thresholds=thresholds, errors=errors
@@ -240,12 +248,21 @@ def check(figures: dict[str, Any], thresholds: Thresholds) -> tuple[ParityError,
     for name, value in figures["outputs"].items():
         if not value <= thresholds.mask_max_abs:
             errors.append(MaskError(name, value, thresholds.mask_max_abs))
+    for name, value, kind in size_figures(figures.get("sizes", {})):
+        limit = getattr(thresholds, kind)
+        if not value <= limit:
+            errors.append(_KINDS[kind](name, value, limit))
     for name, value, kind in batch_figures(figures["batch"]):
         limit = getattr(thresholds, kind)
         if not value <= limit:
             errors.append(BatchError(name, value, limit))
             break  # one cause
     return tuple(errors)
+
+
+def size_figures(sizes: dict[str, Any]) -> list[tuple[str, float, str]]:
+    """The figures of `export.figures.other_sizes` as (what, value, which threshold)."""
+    return [(f"{kind} at {size}", value, kind) for size, apart in sizes.items() for kind, value in apart.items()]
 
 
 def batch_figures(batch: dict[str, Any]) -> list[tuple[str, float, str]]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from export.engine import EngineInfo
 from export.files import whole
-from export.gate import Thresholds, Verdict, batch_figures
+from export.gate import Thresholds, Verdict, batch_figures, size_figures
 from export.gate_images import GateImages
 
 WORST_SHOWN = 8
@@ -66,9 +66,10 @@ def _rows(verdict: Verdict) -> list[dict[str, str]]:
     limits = {field.name: getattr(verdict.thresholds, field.name) for field in fields(Thresholds)}
     limits |= dict.fromkeys(("dLE", "dOM", "dF1"), limits["drop"])
     failed = {error.figure for error in verdict.errors}
-    plain = {name: value for name, value in verdict.figures.items() if name not in ("batch", "outputs")}
+    plain = {name: value for name, value in verdict.figures.items() if name not in ("batch", "outputs", "sizes")}
     shown = [(name, value, limits.get(name)) for name, value in plain.items()]
     shown += [(name, value, limits["mask_max_abs"]) for name, value in verdict.figures.get("outputs", {}).items()]
+    shown += [(name, value, limits[kind]) for name, value, kind in size_figures(verdict.figures.get("sizes", {}))]
     if "batch" in verdict.figures:
         shown += [(name, value, limits[kind]) for name, value, kind in batch_figures(verdict.figures["batch"])]
     return [

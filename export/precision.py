@@ -77,8 +77,10 @@ def sensitive_nodes(model: onnx.ModelProto, further_ops: Collection[str] = ()) -
     kept = {node.name for node in nodes if node.op_type in (*SENSITIVE_OPS, *further_ops)}
     found = products(model)
     kept |= _amplifiers(model, found)
-    if found:
-        kept |= {node.name for node in _before(found[0], makers)}  # normalisation, and resizing inside
+    constants = {tensor.name for tensor in model.graph.initializer}
+    layers = [node for node in found if constants.intersection(node.input[:2])]  # resizing inside multiplies, too
+    if layers:
+        kept |= {node.name for node in _before(layers[0], makers)}  # normalisation, and resizing inside
     for name in ("mask", "mask_upsampled", "topk_masks"):
         if name in makers:
             kept |= _last_layer(makers[name], makers)

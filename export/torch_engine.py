@@ -46,6 +46,7 @@ class TorchEngine:
             max_batch=None,
             bundle_sha256=bundle.sha256,
             manifest={},
+            any_size=self._graph.config.resize or self._graph.config.dynamic_size,
         )
 
     def infer(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

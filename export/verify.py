@@ -104,6 +104,9 @@ def verdict_lines(verdict: Verdict, images: GateImages, notes: list[str]) -> lis
         f"  batches of {', '.join(batch['equal_rows'])}: equal rows differ by {max(batch['equal_rows'].values()):.2g}, "
         f"sizes by {max(batch['by_size'].values(), default=0.0):.2g}"
     )
+    if "sizes" in figures:
+        worst = max(apart["mask_max_abs"] for apart in figures["sizes"].values())
+        lines.append(f"  images of {', '.join(figures['sizes'])}: masks differ by {worst:.2g} at most")
     return lines
 
 

@@ -104,8 +104,8 @@ class JointStep:
         ``classes``: the outputs that the data has pictures of; none: all.  ``class_weights``: (C,), see `class_weights_of`;
         needed for a prior of the data.  ``cache``: of a frozen classifier's clean passes.
 
-        ``plain``: leave the classifier's layers as they are, instead of rewriting them (`pipeline.acceleration`), and take
-        each network's gradients in passes of their own (`pipeline.shared_pass`).
+        ``plain``: leave the classifier's layers as they are, instead of rewriting them (`pipeline.acceleration`), take each
+        network's gradients in passes of their own (`pipeline.shared_pass`), and move the weights one by one.
         """
         self.model = model
         self.plain = plain
@@ -131,12 +131,14 @@ class JointStep:
         parameters = self.classifier_parameters or [nn.Parameter(torch.zeros(()))]
         if options.classifier_method == "sgd":
             self.classifier_optimiser = torch.optim.SGD(
-                parameters, lr=self.rate, momentum=options.momentum, weight_decay=options.weight_decay
+                parameters, lr=self.rate, momentum=options.momentum, weight_decay=options.weight_decay, fused=not plain
             )
         else:
-            self.classifier_optimiser = torch.optim.Adam(parameters, lr=self.rate, weight_decay=options.weight_decay)
+            self.classifier_optimiser = torch.optim.Adam(
+                parameters, lr=self.rate, weight_decay=options.weight_decay, fused=not plain
+            )
         self.masker_optimiser = torch.optim.Adam(
-            self.masker_parameters, lr=options.masker_rate, weight_decay=options.weight_decay
+            self.masker_parameters, lr=options.masker_rate, weight_decay=options.weight_decay, fused=not plain
         )
 
     # -- one step ---------------------------------------------------------------------------------------------------

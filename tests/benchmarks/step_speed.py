@@ -24,6 +24,7 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import torch
+import torch._functorch.config
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.backbone import choose_taps, create_classifier, pyramid, tap_classifier
@@ -82,6 +83,7 @@ def a_step(model: SaliencyModel, arguments: argparse.Namespace, device: str, kin
         plain=kind.plain,
     )
     if kind.compiled:
+        torch._functorch.config.donated_buffer = False  # both networks' gradients go back through one graph
         step.model.backbone.compile()
     return step
 

@@ -12,9 +12,11 @@ from onnx import helper, numpy_helper
 
 from export import parity as command
 from export.engine import open_engine
-from export.figures import mask_iou, rank_correlation
+from export.figures import Answers, displacement, mask_iou, rank_correlation
 from export.gate import BatchError, LocalisationError, LogitsError, MaskError, MaskShapeError, Thresholds, check, judge
 from export.gate_images import from_folder, from_noise, from_samples
+from export.graph import GraphConfig
+from export.onnx import export_onnx
 from export.torch_engine import TorchEngine
 from pipeline.data.planted import write_planted
 from pipeline.errors import UsageError
@@ -98,6 +100,47 @@ def test_saboteurs_are_caught(exported, bundle, tmp_path, name):
     verdict = judge(reference, engine, from_samples(bundle.samples, 12), thresholds=Thresholds())
     assert not verdict.passed
     assert any(isinstance(error, kind) for error in verdict.errors), verdict.errors
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8", "fp8"])
+def test_a_shifted_mask_is_caught_at_any_precision(exported, bundle, tmp_path, precision):
+    """Where the limits of values are wide, a shift is still no rounding."""
+    model = onnx.load(exported.path)
+    shifted_mask(model)
+    onnx.save(model, tmp_path / "model.onnx")
+    reference, images = TorchEngine(bundle.path, bundle=bundle), from_samples(bundle.samples, 12)
+    limits = Thresholds.of(precision)
+    verdict = judge(reference, open_engine(tmp_path / "model.onnx", threads=1), images, thresholds=limits)
+    assert verdict.figures["mask_shift"] == 1 and any(error.figure == "mask_shift" for error in verdict.errors)
+    honest = judge(reference, open_engine(exported.path, threads=1), images, thresholds=limits)
+    assert honest.figures["mask_shift"] == 0 and honest.passed
+
+
+def test_displacement_is_no_matter_of_noise_or_of_flat_masks():
+    random = np.random.default_rng(0)
+    masks = np.cumsum(random.random((5, 12, 12)), axis=2) / 12
+    logits = np.zeros((5, 2), np.float32)
+
+    def moved(found: np.ndarray) -> int:
+        return displacement(Answers(logits=logits, masks=masks), Answers(logits=logits, masks=found))
+
+    assert moved(masks + random.normal(0, 0.02, masks.shape)) == 0
+    assert moved(np.roll(masks, 1, axis=1) + random.normal(0, 0.02, masks.shape)) == 1
+    flat = Answers(logits=logits, masks=np.full((5, 12, 12), 0.5))
+    assert displacement(flat, flat) == 0 and displacement(flat, Answers(logits=logits, masks=masks)) == 0
+
+
+def test_a_graph_that_is_wrong_at_other_sizes_only(bundle, exported, tmp_path):
+    config = GraphConfig(resize=True)
+    export_onnx(bundle, tmp_path / "model.onnx", config=config)
+    reference, images = TorchEngine(bundle.path, bundle=bundle, config=config), from_samples(bundle.samples, 4)
+    engine = open_engine(tmp_path / "model.onnx", threads=1)
+    assert judge(reference, engine, images, thresholds=Thresholds()).passed
+    infer = engine.infer
+    engine.infer = lambda pixels: infer(pixels if pixels.shape[1] == 64 else pixels[:, ::-1])
+    errors = judge(reference, engine, images, thresholds=Thresholds()).errors
+    assert {type(error) for error in errors} == {LogitsError, MaskError}
+    assert {error.figure.split(" at ")[-1] for error in errors} >= {"97x64", "131x73"}
 
 
 def test_a_good_engine_passes_with_boxes(exported, bundle, tmp_path, capsys):

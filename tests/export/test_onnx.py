@@ -128,7 +128,8 @@ def test_every_kind_of_backbone_and_masker(export_of, name, config, options):
 def test_options_of_the_graph(make_bundle, tmp_path):
     made = make_bundle(samples=4)
     config = GraphConfig(mask_dtype="uint8", upsampled=True, resize=True)
-    export_onnx(made, tmp_path / "model.onnx", config=config)
+    judged = export_onnx(made, tmp_path / "model.onnx", config=config).parity
+    assert judged.figures["sizes"].keys() == {"64x123", "97x64", "131x73"}
     engine = open_engine(tmp_path / "model.onnx", threads=1)
     images = np.random.default_rng(0).integers(0, 256, (3, 80, 50, 3), dtype=np.uint8)
     found = engine.outputs(images)
@@ -139,7 +140,8 @@ def test_options_of_the_graph(make_bundle, tmp_path):
 
 def test_the_network_at_any_size(make_bundle, tmp_path):
     made = make_bundle(samples=2)
-    export_onnx(made, tmp_path / "model.onnx", config=GraphConfig(dynamic_size=True))
+    judged = export_onnx(made, tmp_path / "model.onnx", config=GraphConfig(dynamic_size=True)).parity
+    assert 0 < max(apart["mask_max_abs"] for apart in judged.figures["sizes"].values()) < 1e-3
     engine = open_engine(tmp_path / "model.onnx", threads=1)
     logits, mask = engine.infer(np.zeros((2, 96, 128, 3), dtype=np.uint8))
     assert logits.shape == (2, 10) and mask.shape == (2, 16, 16)

@@ -14,7 +14,9 @@ from onnx import TensorProto, numpy_helper
 from export import precision as command
 from export.engine import open_engine
 from export.gate_images import from_samples
+from export.graph import GraphConfig
 from export.lowering import emulate, lower
+from export.onnx import export_onnx
 from export.precision import SMALL_LAYER, Rewriter, sensitive_nodes
 from export.session import open_session
 from export.source import from_graph
@@ -62,6 +64,23 @@ def test_sensitive_nodes_are_normalisation_resizes_and_the_end(source):
     shapes = [list(weights(source.model, node).dims) for node in (*parts, last)]
     assert shapes == [*[[9, 64, 1, 1]] * 3, [1, 9, 3, 3]]
     assert len(sensitive_nodes(source.model, ["Gemm"]) - kept) == 1
+
+
+@pytest.mark.parametrize("name", ["fp16", "int8-cpu"])
+def test_resizing_inside_stays_in_float32(bundle, images, tmp_path, name):
+    """In half precision the places of a picture's pixels, which the resize computes, go wrong from 1024 on."""
+    export_onnx(bundle, tmp_path / "model.onnx", config=GraphConfig(resize=True))
+    graph = onnx.load(tmp_path / "model.onnx")
+    rewriter = Rewriter(graph, name, calibration=images)
+    resizing = {node.name for node in nodes(graph, "MatMul")}
+    assert (
+        len(resizing) == 2
+        and resizing <= rewriter.sensitive
+        and "Round" in {node.op_type for node in graph.graph.node if node.name in rewriter.sensitive}
+    )
+    picture = np.repeat(np.repeat(images.images[:1], 3, axis=1), 40, axis=2)  # 192 x 2560
+    (exact, _), (found, _) = infer(graph, picture), infer(rewriter.rewrite().model, picture)
+    assert np.abs(found - exact).max() < 0.5 * exact.std()
 
 
 @pytest.mark.parametrize("kind, element", [("fp16", TensorProto.FLOAT16), ("bf16", TensorProto.BFLOAT16)])

@@ -167,6 +167,27 @@ def test_the_fast_step_has_the_gradients_of_the_plain_one(
         assert torch.allclose(mine, wanted, rtol=1e-9, atol=1e-9 * max(1.0, wanted.abs().max().item()))
 
 
+@pytest.mark.parametrize("method", ["adam", "sgd"])
+def test_fast_steps_lead_to_the_weights_of_plain_ones(method: str) -> None:
+    backbone = network(*NETWORKS[0])
+    model = SaliencyModel(
+        backbone=backbone, masker=build_masker(MaskerSpec(), backbone, mask_size=16, classes=5)
+    ).double()
+    preset = configure("ca", [f"optimisation.classifier_method={method}"])
+    states = []
+    for plain in (True, False):
+        blank = torch.zeros(1, 3, SIZE, SIZE, dtype=torch.float64)
+        step = a_step(copy.deepcopy(model), preset, blank=blank, plain=plain)
+        for number in range(3):
+            step(Batch(images(), torch.tensor([0, 3, 1])), step=number, divisor=3, phase="joint", course=0.5)
+        states.append(step.model.state_dict())
+    for name, wanted in states[0].items():
+        assert torch.allclose(states[1][name], wanted, rtol=1e-8, atol=1e-9), name
+    assert any(
+        not torch.equal(states[0][name], value) for name, value in model.state_dict().items() if "backbone" in name
+    )
+
+
 @pytest.mark.parametrize(("plain", "passes"), [(True, 11), (False, 10)])
 def test_work_of_a_joint_step(plain: bool, passes: int) -> None:
     """In forward passes of the classifier: three, and the backward passes that somebody needs.
