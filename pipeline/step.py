@@ -71,13 +71,13 @@ class Losses:
     """What one step computes before anything moves; sums over this worker's images divided by the global batch size."""
 
     masker: Tensor | None
-    """What the masker minimises; none while the classifier is trained by itself."""
+    """What the masker minimises; none while the classifier is trained by itself.  Its gradients: `JointStep.gradients`."""
     classifier: Tensor | None
     """What the classifier minimises; none when it is frozen."""
     logs: dict[str, Tensor]
     """Scalars that add up over the workers."""
     shared: tuple[SharedPass, ...] = ()
-    """Sides whose gradients, of both networks, come out of one pass: in the value of ``masker`` only, in no gradient of the two."""
+    """Sides whose gradients, of both networks, come out of one pass: in the two above as numbers only."""
 
 
 class JointStep:
@@ -358,9 +358,8 @@ class JointStep:
         return terms.objective / scale + terms.area + tv
 
     def _prior_weights(self, config: KLPriorConfig, answer: Tensor) -> Tensor:
-        if config.frequencies == "uniform" or self.class_weights is None:
-            return torch.ones_like(answer[0])
-        return self.class_weights.to(answer)
+        uniform = config.frequencies == "uniform" or self.class_weights is None
+        return torch.ones_like(answer[0]) if uniform else self.class_weights.to(answer)
 
     def _set_rates(self, phase: str, course: float) -> None:
         options = self.preset.optimisation
@@ -369,16 +368,16 @@ class JointStep:
         else:
             factor = 0.1 ** min(int(3 * course), 2)
         warm = min(1.0, 0.1 + 20 * course)  # the first steps are gentle: BatchNorm and Adam know nothing yet
-        self.classifier_optimiser.param_groups[0]["lr"] = self.rate * factor * warm * self._joint_factor(phase)
+        along = options.joint_scratch_factor if phase == "joint" and self.scratch else 1.0
+        self.classifier_optimiser.param_groups[0]["lr"] = self.rate * factor * warm * along
         self.masker_optimiser.param_groups[0]["lr"] = options.masker_rate * factor * warm
-
-    def _joint_factor(self, phase: str) -> float:
-        return self.preset.optimisation.joint_scratch_factor if phase == "joint" and self.scratch else 1.0
 
     @staticmethod
     def _apply(optimiser: torch.optim.Optimizer, parameters: list[nn.Parameter], gradients: list[Tensor]) -> None:
         for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
+            # A fused optimiser goes through both memories side by side, whatever their formats are.
+            alike = gradient.stride() == parameter.stride()
+            parameter.grad = gradient if alike else torch.empty_like(parameter).copy_(gradient)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
 

@@ -169,6 +169,7 @@ def test_the_fast_step_has_the_gradients_of_the_plain_one(
 
 @pytest.mark.parametrize("method", ["adam", "sgd"])
 def test_fast_steps_lead_to_the_weights_of_plain_ones(method: str) -> None:
+    """In the memory format of a training, in which gradients come in another than their weights have."""
     backbone = network(*NETWORKS[0])
     model = SaliencyModel(
         backbone=backbone, masker=build_masker(MaskerSpec(), backbone, mask_size=16, classes=5)
@@ -177,9 +178,11 @@ def test_fast_steps_lead_to_the_weights_of_plain_ones(method: str) -> None:
     states = []
     for plain in (True, False):
         blank = torch.zeros(1, 3, SIZE, SIZE, dtype=torch.float64)
-        step = a_step(copy.deepcopy(model), preset, blank=blank, plain=plain)
+        like_training = copy.deepcopy(model).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        step = a_step(like_training, preset, blank=blank, plain=plain)
         for number in range(3):
-            step(Batch(images(), torch.tensor([0, 3, 1])), step=number, divisor=3, phase="joint", course=0.5)
+            x = images().to(memory_format=torch.channels_last)
+            step(Batch(x, torch.tensor([0, 3, 1])), step=number, divisor=3, phase="joint", course=0.5)
         states.append(step.model.state_dict())
     for name, wanted in states[0].items():
         assert torch.allclose(states[1][name], wanted, rtol=1e-8, atol=1e-9), name
