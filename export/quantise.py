@@ -3,7 +3,7 @@
 Two int8 graphs, because no single one suits both runtimes:
 
 * ``cpu``: unsigned asymmetric activations, signed weights per channel, int32 bias; results are quantised too, so that
-  ONNX Runtime chains its integer kernels (five times float32's speed with VNNI).
+  ONNX Runtime chains its integer kernels (three times float32's speed with VNNI).
 * ``tensorrt``: symmetric, bias in float, Q/DQ on the inputs of convolutions and matrix products alone, as TensorRT's
   fusions want it (its parser rejects the int32 bias).  fp8 is the same graph with other numbers.
 """

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from export.gpu import gpus
 from export.placement import RECORD_PLACEMENT, check_placement
+from export.saturation import sums_saturate
 from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
@@ -49,9 +50,10 @@ def open_session(path: Path, provider: Provider, threads: int, data: bytes | Non
     options.add_session_config_entry(RECORD_PLACEMENT, "0" if wanted == "cpu" else "1")
     # It would quantise, with one scale for all channels, what was kept in float32 between two quantised layers.
     options.add_session_config_entry("optimization.disable_specified_optimizers", "WeightBiasQuantization")
-    # Sums of int8 products saturate at 16 bits on processors without VNNI, unless they are asked for exactly.
-    options.add_session_config_entry("session.x64quantprecision", "1")
-    if precision_of(path, data) == "fp8":  # its optimiser takes fp8 for int8 when it fuses: other masks, and no error
+    precision = precision_of(path, data)
+    if precision in ("int8", None) and wanted == "cpu" and sums_saturate():
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    if precision == "fp8":  # its optimiser takes fp8 for int8 when it fuses: other masks, and no error
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     chain = {"cpu": ["cpu"], "cuda": ["cuda", "cpu"], "tensorrt": ["tensorrt", "cuda", "cpu"]}[wanted]
     try:
@@ -63,7 +65,7 @@ def open_session(path: Path, provider: Provider, threads: int, data: bytes | Non
         )
     except Exception as error:  # ONNX Runtime's exceptions have no public base but Exception
         reason = _SOURCE.sub("", " ".join(str(error).split()))[:200]
-        if wanted == "cpu" and precision_of(path, data) == "bf16":
+        if wanted == "cpu" and precision == "bf16":
             raise UsageError(
                 f"{path} is bf16, for which ONNX Runtime has kernels on a GPU only; run the fp32 or the int8-cpu graph "
                 "here ('python -m export.parity' judges this one by emulation)"

@@ -188,13 +188,14 @@ def main() -> None:
         if abs(first["fast fp32"][key] - wanted) > 1e-4 * max(1.0, abs(wanted)):
             raise SystemExit(f"not the same step: {key} is {first['fast fp32'][key]}, in the plain one {wanted}")
     seconds: dict[str, list[float]] = {name: [] for name in steps}
+    peaks = {"fp32": 0.0, "bf16": 0.0}
     for number in range(1, arguments.rounds + 1):
         for name, step in steps.items():
             started = time.perf_counter()
             take(step, number)
             seconds[name].append(time.perf_counter() - started)
+        peaks = {name: max(best, matrix_peak(device, name)) for name, best in peaks.items()}
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    peaks = {precision: matrix_peak(device, precision) for precision in ("fp32", "bf16")}
     result = {
         "init": arguments.init, "preset": arguments.preset, "batch": len(x), "size": arguments.image_size, "device": device,
         "ratio to plain fp32": {name: round(medians["plain fp32"] / value, 2) for name, value in medians.items()},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections import Counter
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from export.graph import GraphConfig
 from export.lowering import emulate, lower
 from export.onnx import export_onnx
 from export.precision import SMALL_LAYER, Rewriter, sensitive_nodes
+from export.saturation import sums_saturate
 from export.session import open_session
 from export.source import from_graph
 from pipeline.errors import UsageError
@@ -178,6 +180,15 @@ def test_sums_of_int8_products_do_not_saturate(tmp_path):
     session, _ = open_session(tmp_path / "sum.onnx", "cpu", 1, model.SerializeToString())
     found = np.asarray(session.run(None, {"x": np.full((1, 64, 8, 8), 255, np.float32)})[0])
     assert np.abs(found - 64 * 255 * 127).max() <= 1e4
+
+
+@pytest.mark.skipif(
+    not Path("/proc/cpuinfo").exists() or platform.machine() != "x86_64", reason="x86 Linux tells by flags"
+)
+def test_processors_without_vnni_are_found_out():
+    """Asked of the kernels themselves, not of the flags: exact sums at half the speed are only for those that need them."""
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    assert sums_saturate() is not bool(flags & {"avx512_vnni", "avx_vnni", "amx_int8"})
 
 
 def test_int8_for_tensorrt(source, images):
