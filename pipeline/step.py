@@ -358,8 +358,8 @@ class JointStep:
         return terms.objective / scale + terms.area + tv
 
     def _prior_weights(self, config: KLPriorConfig, answer: Tensor) -> Tensor:
-        uniform = config.frequencies == "uniform" or self.class_weights is None
-        return torch.ones_like(answer[0]) if uniform else self.class_weights.to(answer)
+        weights = None if config.frequencies == "uniform" else self.class_weights
+        return torch.ones_like(answer[0]) if weights is None else weights.to(answer)
 
     def _set_rates(self, phase: str, course: float) -> None:
         options = self.preset.optimisation

@@ -38,7 +38,7 @@ def need(program: str, package: str) -> str:
 
 def build(folder: Path) -> list[Object]:
     """The objects that ``kubectl apply -k folder`` would send, and those that k8s/README.md has applied beside them."""
-    kubectl = need("kubectl", "kubernetes-client")
+    kubectl = need("kubectl", "kubernetes-client, where it is 1.27 or later")
     done = subprocess.run([kubectl, "kustomize", str(folder)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, f"kubectl kustomize {folder}: {done.stderr}"
     assert not done.stderr, f"kubectl kustomize {folder} warns: {done.stderr}"

@@ -70,6 +70,11 @@ def connections(objects: list[Object]) -> Iterator[tuple[End, End, int, str, boo
         yield end, metadata, 80, "TCP", False
         yield end, metadata, 443, "TCP", False
         yield end, storage, 80, "TCP", False
+        for other in (storage, private, stranger):  # a port that nothing here uses
+            yield end, other, 31337, "TCP", False
+            yield end, other, 31337, "UDP", False
+        for port in (6379, 8000, 8080):
+            yield lodger, end, port, "TCP", False
         yield stranger, end, 8000, "TCP", False
         yield stranger, end, 8265, "TCP", False
         yield stranger, end, 6379, "TCP", False

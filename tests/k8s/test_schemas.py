@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+import shlex
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +17,11 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from tests.k8s._manifests import Object, find, mixed
+from tests.k8s._manifests import K8S, Object, find, mixed
 
-RAY_KINDS = {"RayJob": "rayjobs", "RayService": "rayservices", "RayCronJob": "raycronjobs"}
+RAY_KINDS = {
+    "RayJob": "rayjobs", "RayService": "rayservices", "RayCronJob": "raycronjobs", "RayCluster": "rayclusters"
+}  # fmt: skip
 KUBERNETES = "1.33"
 LABELLED = {
     "type": "object",
@@ -132,6 +139,26 @@ def test_objects_fit_their_schemas(
     kinds = {o["kind"] for objects in overlays.values() for o in objects}
     assert kinds >= {"RayJob", "RayService", "RayCronJob", "Job", "NetworkPolicy", "PodDisruptionBudget", "PodMonitor"}
     assert "LocalQueue" in {o["kind"] for o in own}
+
+
+def test_the_cluster_made_by_hand_is_one(
+    overlays: dict[str, list[Object]], ray_schemas: dict[str, jsonschema.Draft7Validator]
+) -> None:
+    """The README's program makes the training's own cluster of the overlay, and its line is the training's own."""
+    readme = (K8S / "README.md").read_text()
+    (program,) = re.findall(r"\| python -c '\n(.*?)' \| kubectl apply -f -", readme, re.DOTALL)
+    objects = overlays["gpu"]
+    made = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        input=yaml.safe_dump_all(objects), capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    cluster, job = yaml.safe_load(made.stdout), find(objects, "RayJob", "train")
+    assert cluster["kind"] == "RayCluster" and errors(cluster, ray_schemas) == []
+    assert cluster["metadata"] == job["metadata"] | {"name": "train-by-hand"}
+    assert cluster["spec"] == job["spec"]["rayClusterSpec"] and cluster["spec"]["authOptions"] == {"mode": "token"}
+    assert all(name in readme for name in ("service/train-by-hand-head-svc 8265", "get secret train-by-hand "))
+    (line,) = re.findall(r"ray job submit --address \S+ -- (python [^\n]*)", readme.replace("\\\n", " "))
+    assert shlex.split(line.replace("<bucket>", "onepass")) == shlex.split(job["spec"]["entrypoint"])
 
 
 def test_objects_have_names_of_their_own(objects: list[Object]) -> None:
