@@ -29,6 +29,7 @@ from pipeline.errors import UsageError, WorkError
 from pipeline.placement import machines, place
 from pipeline.reservation import Reservation
 from pipeline.run_folder import claim_run, open_storage, publish, upload
+from pipeline.time_left import TimeLeft
 from pipeline.training import TrainingPlan
 from pipeline.validation import LEAST, LOWER_IS_BETTER, SCORE, collect, record_of, validate
 
@@ -59,6 +60,7 @@ class RayReporter:
             self.bar = tqdm_ray.tqdm(total=100, desc=f"train {plan.preset}", unit="%")
             self.bar.update(int(first_course * 100))
         self.shown = int(first_course * 100)
+        self.left = TimeLeft(first_course)
 
     def progress(self, row: dict[str, Any]) -> None:
         """Move the bar, and write TensorBoard's events."""
@@ -69,6 +71,7 @@ class RayReporter:
             figures = [f"top-1 {row['clean_right']:.2f}"]
             named = {"mask": "mask_mean", "in": "in_right", "hidden": "hidden"}
             figures += [f"{name} {row[key]:.2f}" for name, key in named.items() if key in row]
+            figures += [words] if (words := self.left.words(row["course"])) else []
             self.bar.set_description(f"train {row['phase']} step {row['step']}: {', '.join(figures)}")
             self.bar.update(done - self.shown)
             self.shown = done
