@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from ray import serve
 
 from pipeline.errors import UsageError
-from serving.config import LiveConfig, ServiceConfig, check_exposure, parse_config
+from serving.config import LiveConfig, ServiceConfig, check_exposure, live_settings, parse_config
 from serving.http import build_api
 from serving.http_body import Admission
 from serving.http_jobs import add_jobs
@@ -64,18 +64,12 @@ class SaliencyService:
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Take over live settings; those that are not named keep the values of the arguments."""
-        wanted = LiveConfig.model_validate(
-            {name: getattr(self._arguments, name) for name in LiveConfig.model_fields} | user_config
-        )
-        # Serve's own limits were set for the argument max_queue and stay as they are.  A replica that raised here would be
-        # ended, and its successors with it, so a wish that cannot be met leaves the service running.
-        live = wanted.within(self._arguments.max_queue)
-        if live != wanted:
-            log.warning(
-                "user_config: batch_size=%d and max_queue=%d are cut to %d and %d; deploy with a larger max_queue in args",
-                wanted.batch_size, wanted.max_queue, live.batch_size, live.max_queue,
-            )  # fmt: skip
-        self.config = self.config.model_copy(update=live.model_dump())
+        # A replica that raised here would be ended, and its successors with it, so a wish that cannot be met leaves the
+        # service running.
+        live, amiss = live_settings(self._arguments, user_config, most=self._arguments.max_queue)
+        if amiss:
+            log.error(amiss)
+        self.config = self.config.model_copy(update=live.model_dump(include=set(LiveConfig.model_fields)))
         await self.models.configure(self.config)
 
     def check_health(self) -> None:
@@ -115,9 +109,9 @@ def build(args: dict[str, Any]) -> serve.Application:
         raise WrongArguments(str(error)) from error
     turn_on()
     fewest, most = config.replica_range()
-    # As many requests as a replica may hold images, so that no batch is cut short, and some of other routes.  Beyond it the
-    # proxies answer 429 by themselves: asking a replica, under an overload, would cost the time that scoring needs.  As many
-    # again may wait in a proxy: all that come at once do for a moment, and those that come while a replica is replaced.
+    # As many requests as a replica may hold images, so that no batch is cut short, and some of other routes.  Beyond it a
+    # replica refuses, and for a moment the proxies by themselves (`serving.proxy.KnownFull`).  As many again may wait in a
+    # proxy: all that come at once do for a moment, and those that come while a replica is replaced.
     options: dict[str, Any] = {
         "max_ongoing_requests": config.max_queue + OTHER_REQUESTS,
         "max_queued_requests": config.max_queue + OTHER_REQUESTS,

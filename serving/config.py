@@ -37,6 +37,27 @@ class LiveConfig(BaseModel):
         return self.model_copy(update={"max_queue": queue, "batch_size": min(self.batch_size, queue)})
 
 
+def live_settings(now: LiveConfig, wanted: dict[str, Any], *, most: int) -> tuple[LiveConfig, str]:
+    """The settings that ``user_config`` asks for, as far as they can be met, and what could not be, in a line ("": nothing).
+
+    ``now``: the values of what is not named, and of everything when a name or value is wrong.  ``most``: images that the
+    deployment's own limits were set for.
+    """
+    try:
+        asked = LiveConfig.model_validate({name: getattr(now, name) for name in LiveConfig.model_fields} | wanted)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        return now, f"user_config is left out: {where}: {first['msg']}"
+    live = asked.within(most)
+    if live == asked:
+        return live, ""
+    return live, (
+        f"user_config: batch_size={asked.batch_size} and max_queue={asked.max_queue} are cut to {live.batch_size} and "
+        f"{live.max_queue}; deploy with a larger max_queue in args"
+    )
+
+
 class ServiceConfig(LiveConfig):
     """Arguments of ``serve run serving.app:build key=value``."""
 

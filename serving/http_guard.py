@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serving.config import TOKEN_VARIABLE, ServiceConfig, authorised, foreign
 from serving.http_errors import ServiceError, refusal
 from serving.metrics import Metrics
+from serving.proxy import REFUSED_HEADER
 
 log = logging.getLogger("ray.serve")  # which writes the log of a replica, with request ids
 
@@ -63,6 +64,10 @@ class Guard:
                 message = f"something went wrong here; the log has more under {identity}"
                 await refusal(self._service.metrics, ServiceError(500, "internal", message))(scope, receive, sent)
         metrics, route = self._service.metrics, getattr(scope.get("route"), "path", "other")
+        before = request.headers.get(REFUSED_HEADER.decode(), "")
+        if before.isdecimal() and len(before) < 7:  # by the proxy, without asking
+            metrics.requests.labels(route, 429).inc(int(before))
+            metrics.errors.labels("busy").inc(int(before))
         metrics.requests.labels(route, status).inc()
         metrics.request_seconds.labels(route).observe(time.perf_counter() - begun)
 

@@ -24,8 +24,9 @@ class Model:
 
     def __init__(self, engine: str, *, config: ServiceConfig, metrics: Metrics) -> None:
         self.predictor = Predictor(
-            engine, provider=config.provider, threads=config.cpus, max_pixels=config.max_pixels, metrics=metrics
-        )
+            engine, provider=config.provider, threads=config.cpus, max_pixels=config.max_pixels, metrics=metrics,
+            watched=engine == config.engine,  # whose reference is published
+        )  # fmt: skip
         self._together = Gathering(self.predictor.infer)
         self._set(config)
         self.predictor.warm_up(1)

@@ -46,11 +46,15 @@ class Picture:
 class Predictor:
     """An engine and the threads around it.  Only `infer` touches the engine, one batch at a time."""
 
-    def __init__(self, engine: str, *, provider: str, threads: int, max_pixels: int, metrics: Metrics) -> None:
+    def __init__(
+        self, engine: str, *, provider: str, threads: int, max_pixels: int, metrics: Metrics, watched: bool = True
+    ) -> None:
+        """``watched``: its masks are those that the reference for drift is of."""
         with _TRACING if Path(engine).is_dir() else nullcontext():
             self.engine: Engine = open_engine(engine, provider=provider, threads=threads)  # type: ignore[arg-type]
         self.info = self.engine.info
         self.metrics = metrics
+        self._watched = watched
         self._max_pixels = max_pixels
         self._decoding = ThreadPoolExecutor(threads, thread_name_prefix="decode", initializer=single_threaded)
         self._inferring = ThreadPoolExecutor(1, thread_name_prefix="infer")
@@ -128,7 +132,8 @@ class Predictor:
         return found
 
     def _finish(self, seen: Seen, logits: np.ndarray, mask: np.ndarray, uri: str, top_k: int) -> dict[str, Any]:
-        self.metrics.watch_mask(mask)
+        if self._watched:
+            self.metrics.watch_mask(mask)
         row = scored_row(uri, seen, logits, mask, class_names=self.info.class_names, engine=self.info.sha256)
         return row | {"topk": top_classes(logits, top_k, class_names=self.info.class_names)}
 

@@ -1,4 +1,5 @@
-"""What stands in Serve's HTTP proxies, before all replicas: a bound on the bodies that wait there, and answers in our words.
+"""What stands in Serve's HTTP proxies, before all replicas: a bound on the bodies that wait there, refusals that cost no replica
+any time, and answers in our words.
 
 A proxy takes a body as fast as its client sends it and keeps what no replica has fetched, so that clients could fill its memory
 while replicas are busy, starting or gone; and of a replica that dies under a request it says 500, which tells nobody that the
@@ -12,7 +13,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import MutableMapping
+import time
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -23,6 +25,8 @@ CALLBACK_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 BYTES_VARIABLE = "ONEPASS_PROXY_BYTES"
 DEFAULT_BYTES = 1 << 30
 RETRY_AFTER_SECONDS = 1
+REFUSED_HEADER = b"x-onepass-refused"
+"""How many requests a proxy has refused by itself since it last sent one on; a replica counts them."""
 
 
 def turn_on() -> None:
@@ -32,7 +36,56 @@ def turn_on() -> None:
 
 def middlewares() -> list[Middleware]:
     """What Ray asks for in each proxy when it starts."""
-    return [Middleware(BoundedBodies, most=int(os.environ.get(BYTES_VARIABLE) or DEFAULT_BYTES))]
+    return [
+        Middleware(KnownFull),
+        Middleware(BoundedBodies, most=int(os.environ.get(BYTES_VARIABLE) or DEFAULT_BYTES)),
+    ]
+
+
+class KnownFull:
+    """Refuses with 429 what replicas would refuse, for a second after one of them did.
+
+    A replica that is full says so only after the request's body has come to it, which under an overload costs the time that
+    scoring needs.  So the proxy remembers how many requests for masks were under way when a replica refused one, and for
+    ``hold`` seconds sends on no more than that; then it asks again.  It never keeps an idle replica from work: less
+    under way, and the next request goes through.
+    """
+
+    def __init__(
+        self, app: ASGIApp, *, hold: float = RETRY_AFTER_SECONDS, now: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._app, self._hold, self._now = app, hold, now
+        self._under_way = self._refused = 0
+        self._most, self._until = 1, 0.0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        asks_for_masks = scope["type"] == "http" and scope["method"] == "POST" and scope["path"].endswith("/saliency")
+        if not asks_for_masks:
+            await self._app(scope, receive, send)
+            return
+        if self._under_way >= self._most and self._now() < self._until:
+            self._refused += 1
+            more = True
+            while more:  # a client that is cut off while it sends would not see the answer
+                message = await receive()
+                more = message["type"] == "http.request" and message.get("more_body", False)
+            await _refuse(send, 429)
+            return
+
+        async def watched(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start" and message["status"] == 429:
+                self._most, self._until = max(1, self._under_way - 1), self._now() + self._hold
+            await send(message)
+
+        headers = [(name, value) for name, value in scope["headers"] if name.lower() != REFUSED_HEADER]
+        if self._refused:
+            headers.append((REFUSED_HEADER, b"%d" % self._refused))
+        self._refused = 0
+        self._under_way += 1
+        try:
+            await self._app({**scope, "headers": headers}, receive, watched)
+        finally:
+            self._under_way -= 1
 
 
 class BoundedBodies:

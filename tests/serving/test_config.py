@@ -8,7 +8,16 @@ import pytest
 
 from pipeline.errors import UsageError
 from serving import batch
-from serving.config import LiveConfig, ServiceConfig, authorised, check_exposure, digest, is_loopback, parse_config
+from serving.config import (
+    LiveConfig,
+    ServiceConfig,
+    authorised,
+    check_exposure,
+    digest,
+    is_loopback,
+    live_settings,
+    parse_config,
+)
 from serving.roots import OutsideRoots, bounded, configured_roots, outward, within
 
 
@@ -146,3 +155,15 @@ def test_clients_are_told_places_as_they_may_name_them(text: str, seen: str) -> 
     assert outward(text, ["/srv/my pictures", "/mnt"]) == seen
     assert outward(text, ["/"]) == outward(text, []) == text
     assert outward("s3://bucket/x", ["s3://bucket"]) == "s3://bucket/x"
+
+
+def test_a_wish_that_cannot_be_met_leaves_the_service_running() -> None:
+    """A replica that raised over its user_config would be ended, and its successors with it."""
+    now = LiveConfig(batch_size=8, max_queue=32)
+    live, amiss = live_settings(now, {"batch_size": 16, "batch_wait_ms": 1}, most=32)
+    assert (live.batch_size, live.batch_wait_ms, live.max_queue, amiss) == (16, 1.0, 32, "")
+    live, amiss = live_settings(now, {"max_queue": 100}, most=32)
+    assert live.max_queue == 32 and "are cut to" in amiss
+    for wrong in ({"batch_size": 0}, {"batchsize": 4}, {"max_queue": "many", "batch_size": 4}):
+        live, amiss = live_settings(now, wrong, most=32)
+        assert live is now and "user_config is left out" in amiss and any(name in amiss for name in wrong)

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import cv2
 import numpy as np
 import pytest
 
@@ -159,3 +160,23 @@ def test_drift_is_measured_from_the_training_images(bundle: Path, tmp_path: Path
     found = {(labels["statistic"], labels["figure"]): value for _, labels, value in family}
     assert found == {(name, key): statistics[name][key] for name in statistics for key in ("mean", "std")}
     assert set(statistics) == {"area", "entropy", "off_centre"}
+
+
+def test_masks_of_other_models_are_no_drift_of_the_default_one(bundle: Path) -> None:
+    """The reference is of the training of one engine; another one's masks are other masks."""
+    config = ServiceConfig(engine=str(bundle), models="other=/e/other.onnx")
+    _, encoded = cv2.imencode(".png", np.full((40, 60, 3), 127, np.uint8))
+
+    async def score(model: models.Model) -> None:
+        picture = await model.predictor.decode(encoded.tobytes(), keep=False)
+        logits, mask = await model.infer(picture)
+        await model.predictor.finish(picture, logits, mask, uri="", top_k=1)
+
+    same_file = bundle.parent / ".." / bundle.parent.name / bundle.name
+    for engine, watched in ((str(bundle), 1), (str(same_file), 0)):
+        metrics = Metrics(replica="r")
+        model = models.Model(engine, config=config, metrics=metrics)
+        asyncio.run(score(model))
+        model.predictor.close()
+        samples = [sample for _, _, _, found in metrics.snapshot() for sample in found]
+        assert [value for name, _, value in samples if name == "onepass_mask_area_count"] == [watched]

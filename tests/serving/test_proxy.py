@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from serving import proxy
-from serving.proxy import BoundedBodies
+from serving.proxy import REFUSED_HEADER, BoundedBodies, KnownFull
 
 
 class Proxied:
@@ -106,8 +106,71 @@ def test_ray_gets_it_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     proxy.turn_on()
     name = os.environ[proxy.CALLBACK_VARIABLE]
     monkeypatch.setenv(proxy.BYTES_VARIABLE, "123")
-    (made,) = validate_http_proxy_callback_return(call_function_from_import_path(name))
-    assert (made.cls, made.kwargs) == (BoundedBodies, {"most": 123})
+    known, bound = validate_http_proxy_callback_return(call_function_from_import_path(name))
+    assert known.cls is KnownFull and (bound.cls, bound.kwargs) == (BoundedBodies, {"most": 123})
     monkeypatch.setenv(proxy.CALLBACK_VARIABLE, "mine:middlewares")
     proxy.turn_on()
     assert os.environ[proxy.CALLBACK_VARIABLE] == "mine:middlewares"
+
+
+class Replica:
+    """Holds so many requests, until it is told to answer them, and refuses others."""
+
+    def __init__(self, room: int) -> None:
+        self.room, self.held, self.asked = room, 0, 0
+        self.told: list[bytes] = []
+        self.gate = asyncio.Event()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        self.asked += 1
+        self.told += [value for name, value in scope["headers"] if name == REFUSED_HEADER]
+        while (await receive())["more_body"]:
+            pass
+        status = 429
+        if self.held < self.room:
+            self.held += 1
+            await self.gate.wait()
+            self.held -= 1
+            status = 200
+        await send({"type": "http.response.start", "status": status, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+
+def test_a_proxy_refuses_by_itself_what_replicas_have_just_refused() -> None:
+    async def crowd() -> None:
+        clock = [0.0]
+        replica = Replica(3)
+        known = KnownFull(replica, now=lambda: clock[0])
+
+        async def one(path: str = "/v1/saliency", method: str = "POST", claims: bytes = b"") -> int:
+            parts = [b"x" * 10] * 4
+
+            async def receive() -> dict[str, Any]:
+                part = parts.pop()
+                return {"type": "http.request", "body": part, "more_body": bool(parts)}
+
+            async def send(message: MutableMapping[str, Any]) -> None:
+                sent.append(message)
+
+            sent: list[MutableMapping[str, Any]] = []
+            headers = [(REFUSED_HEADER, claims)] if claims else []
+            await known({"type": "http", "method": method, "path": path, "headers": headers}, receive, send)
+            assert not parts, "a client that still sends must not be cut off"
+            return sent[0]["status"]
+
+        held = [asyncio.create_task(one()) for _ in range(3)]
+        while replica.held < 3:
+            await asyncio.sleep(0)
+        assert [await one() for _ in range(100)] == [429] * 100
+        assert replica.asked == 4, "the first of them was the replica's word"
+        assert await one(method="GET") == 429 and await one("/v1/jobs") == 429 and replica.asked == 6, (
+            "other routes go on"
+        )
+        clock[0] += 2
+        assert await one(claims=b"999") == 429 and replica.asked == 7, "it is asked again, and told how many there were"
+        assert replica.told == [b"99"], "and nobody else can say so"
+        replica.gate.set()
+        assert [await task for task in held] == [200] * 3
+        assert await one("/v1/models/a/saliency") == 200, "less is under way"
+
+    asyncio.run(crowd())
