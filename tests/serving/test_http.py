@@ -48,10 +48,16 @@ def test_every_sample_gets_the_numbers_of_batch_scoring(service: httpx.Client, b
             for name in ("label", "class_name", "width", "height", "view", "engine"):
                 assert fields[name] == row[name], (entry["file"], name)
             assert fields["score"] == pytest.approx(row["score"], abs=1e-5)
+            assert fields["area"] == pytest.approx(row["area"], abs=1e-4), entry["file"]
+            assert fields["box"] == pytest.approx(row["box"], abs=1e-6), entry["file"]
             mask = codec.decode_mask(base64.b64decode(fields["mask"])).astype(int)
             assert np.abs(mask - codec.stored(row)).max() <= 1
             assert fields["topk"][0] == {name: fields[name] for name in ("label", "class_name", "score")}
             assert len(fields["topk"]) == 5
+            form = service.post("/v1/saliency", files={"image": (Path(entry["file"]).name, data)}).json()
+            assert {name: form[name] for name in ("label", "box", "view")} == {
+                name: fields[name] for name in ("label", "box", "view")
+            }, entry["file"]
 
 
 def test_several_images_in_one_form(service: httpx.Client, jpeg: Callable[[int], bytes]) -> None:
@@ -202,6 +208,32 @@ def test_a_job_from_start_to_end(service: httpx.Client, roots: Path, shared_dir:
     assert sum("outside the roots" in row["error"] for row in job["error_rows"]) == 2
     assert read_scores(roots / "out").num_rows == 4
     assert name in [listed["id"] for listed in service.get("/v1/jobs").json()]
+
+
+def test_a_running_job_can_be_cancelled_and_goes_on_when_it_is_sent_again(
+    service: httpx.Client, roots: Path, jpeg: Callable[[int], bytes]
+) -> None:
+    (roots / "many").mkdir()
+    for k in range(300):
+        (roots / "many" / f"{k}.jpg").write_bytes(jpeg(k % 7))
+    body = {"input": "many", "output": "stopped", "shard_size": 4}
+    name = service.post("/v1/jobs", json=body).json()["id"]
+
+    deadline = time.time() + 150
+    while not (job := service.get(f"/v1/jobs/{name}").json()).get("done"):
+        assert time.time() < deadline and job["state"] in ("queued", "running"), job
+        time.sleep(0.1)
+    assert service.delete(f"/v1/jobs/{name}").json()["state"] == "cancelled"
+    time.sleep(3)
+    job = service.get(f"/v1/jobs/{name}").json()
+    files = sorted((roots / "stopped").glob("*.parquet"))
+    assert job["state"] == "cancelled" and 0 < job["done"] < 300 and files
+    time.sleep(2)
+    assert sorted((roots / "stopped").glob("*.parquet")) == files, "nothing of it works on"
+    again = wait_for(service, service.post("/v1/jobs", json=body).json()["id"], {"done", "failed"})
+    assert (again["state"], again["done"], again["total"]) == ("done", 300, 300)
+    uris = read_scores(roots / "stopped").column("uri").to_pylist()
+    assert len(uris) == len(set(uris)) == 300
 
 
 def test_a_job_can_be_cancelled(service: httpx.Client, roots: Path) -> None:

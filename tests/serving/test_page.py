@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -52,6 +53,28 @@ def mean(browser: Browser, canvas: str) -> list[float]:
 
 def move(browser: Browser, slider: str, value: int) -> None:
     browser.run(f"(() => {{ {slider}.value = {value}; {slider}.dispatchEvent(new Event('input')); }})()")
+
+
+GIVE = """(() => {{
+    const bytes = Uint8Array.from(atob('{data}'), (c) => c.charCodeAt(0));
+    const carried = new DataTransfer();
+    carried.items.add(new File([bytes], '{name}', {{type: 'image/jpeg'}}));
+    {event};
+}})()"""
+DROP = """document.getElementById('drop').dispatchEvent(
+    new DragEvent('drop', {dataTransfer: carried, bubbles: true, cancelable: true}))"""
+PASTE = "document.dispatchEvent(new ClipboardEvent('paste', {clipboardData: carried, bubbles: true}))"
+
+
+@pytest.mark.parametrize(("event", "name"), [(DROP, "dropped.jpg"), (PASTE, "pasted.jpg")])
+def test_an_image_that_is_dropped_or_pasted(
+    service: httpx.Client, browser: Browser, jpeg: Callable[[int], bytes], event: str, name: str
+) -> None:
+    browser.open(str(service.base_url))
+    browser.run(f"document.getElementById('token').value = {TOKEN!r}")
+    browser.run(GIVE.format(data=base64.b64encode(jpeg(4)).decode(), name=name, event=event))
+    browser.until("document.getElementById('status').textContent === '1 scored.'")
+    assert browser.run("document.querySelector('article h3').textContent").startswith(f"{name}: ")
 
 
 def test_an_image_from_choosing_to_seeing(
