@@ -31,6 +31,9 @@ def write_model_folder(repository: Path, engine: Path, manifest: Manifest) -> Pa
 def configuration(name: str, manifest: Manifest, *, plan: bool) -> str:
     """The text of `config.pbtxt`."""
     most = max(profile.max for profile in manifest.profiles)
+    # A plan takes a batch only by a profile that holds it, and Triton uses the first alone unless it is told of the others.
+    profiles = ", ".join(f'"{index}"' for index in range(len(manifest.profiles)))
+    instance = f"count: 1 kind: KIND_GPU profile: [ {profiles} ]" if plan else "count: 1 kind: KIND_GPU"
     preferred = ", ".join(str(profile.opt) for profile in manifest.profiles)
     lines = [
         f'name: "{name}"',
@@ -39,7 +42,7 @@ def configuration(name: str, manifest: Manifest, *, plan: bool) -> str:
         *_ports("input", manifest.inputs),
         *_ports("output", manifest.outputs),
         f"dynamic_batching {{ preferred_batch_size: [ {preferred} ] max_queue_delay_microseconds: 2000 }}",
-        "instance_group [ { count: 1 kind: KIND_GPU } ]",
+        f"instance_group [ {{ {instance} }} ]",
         "model_warmup [ {",
         '  name: "first batch"',
         f"  batch_size: {manifest.profiles[0].opt}",

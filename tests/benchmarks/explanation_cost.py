@@ -29,6 +29,7 @@ from torch import nn
 from export.gate_images import from_noise
 from export.graph import GraphConfig
 from export.source import from_bundle
+from export.trace import DEFAULT_OPSET
 from pipeline.backbone import choose_taps, create_classifier, pyramid, tap_classifier
 from pipeline.bundle import load_bundle, save_bundle
 from pipeline.masker import default_mask_size
@@ -37,6 +38,8 @@ from pipeline.planning import parse_init
 from pipeline.spec import BackboneSpec, MaskerSpec, ModelSpec
 
 CLASSES = 1000
+MOST = 1.05
+"""Times that the graph with the mask may take of the plain one's; exits 1 beyond."""
 PAUSE = 0.3
 """Seconds before a turn: OpenMP's threads spin for 0.2 after torch's work."""
 
@@ -56,6 +59,8 @@ def main() -> None:
     print(json.dumps(result, indent=1))
     if flags.out:
         flags.out.write_text(json.dumps(result, indent=1) + "\n")
+    if max(ratios["graph_with_mask/plain_graph"] for ratios in result.values()) > MOST:
+        raise SystemExit(f"the graph with the mask takes more than {MOST} times as long as the plain one")
 
 
 def measure(flags: argparse.Namespace, folder: Path) -> dict[str, dict[str, float]]:
@@ -114,7 +119,9 @@ def a_bundle(flags: argparse.Namespace, path: Path) -> tuple[SaliencyModel, nn.M
 
 def graphs(bundle: Path, threads: int) -> tuple[onnxruntime.InferenceSession, onnxruntime.InferenceSession]:
     """Sessions of the exported graph, and of its part from the image to the logits."""
-    whole: onnx.ModelProto = from_bundle(load_bundle(bundle), config=GraphConfig(), opset=18, rebuild="").model
+    whole: onnx.ModelProto = from_bundle(
+        load_bundle(bundle), config=GraphConfig(), opset=DEFAULT_OPSET, rebuild=""
+    ).model
     part = Extractor(onnx.shape_inference.infer_shapes(whole)).extract_model(["image"], ["logits"])
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads

@@ -131,6 +131,9 @@ def test_aliases_and_options_of_the_builder(exported, tmp_path, capsys):
     doctor.main([str(folder)])
     assert "serves      model.onnx" in capsys.readouterr().out
     assert 'platform: "tensorrt_plan"' in configuration("model", manifest, plan=True)
+    several = manifest.model_copy(update={"profiles": [Profile(min=1, opt=1, max=1), Profile(min=2, opt=4, max=8)]})
+    assert 'kind: KIND_GPU profile: [ "0", "1" ]' in configuration("model", several, plan=True)
+    assert "profile:" not in configuration("model", several, plan=False), "ONNX Runtime has none"
 
 
 @pytest.mark.parametrize(
