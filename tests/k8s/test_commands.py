@@ -151,7 +151,10 @@ def test_commands_of_the_readme_are_parsed() -> None:
 
 def test_readme_names_files_that_exist() -> None:
     named = set(re.findall(r"(?<!tests/)\bk8s/[\w./-]*\w", README))
-    for path in named | {f"tests/k8s/{name}" for name in re.findall(r"test_\w+\.py", README)}:
+    tests = {
+        name if "/" in name else f"tests/k8s/{name}" for name in re.findall(r"(?:tests/\w+/)?test_\w+\.py", README)
+    }
+    for path in named | tests:
         assert "/mine" in path or (K8S.parent / path).exists(), path
 
 

@@ -157,7 +157,7 @@ def test_the_cluster_made_by_hand_is_one(
     assert cluster["metadata"] == job["metadata"] | {"name": "train-by-hand"}
     assert cluster["spec"] == job["spec"]["rayClusterSpec"] and cluster["spec"]["authOptions"] == {"mode": "token"}
     assert all(name in readme for name in ("service/train-by-hand-head-svc 8265", "get secret train-by-hand "))
-    (line,) = re.findall(r"ray job submit --address \S+ -- (python [^\n]*)", readme.replace("\\\n", " "))
+    (line,) = re.findall(r"ray job submit --address \S+ --\s+(python [^\n]*)", readme.replace("\\\n", " "))
     assert shlex.split(line.replace("<bucket>", "onepass")) == shlex.split(job["spec"]["entrypoint"])
 
 
