@@ -240,7 +240,7 @@ def test_figures_of_masks():
 
 def test_figures_that_are_no_numbers_fail():
     figures = dict.fromkeys(("logits_max_rel", "logits_mean_rel", "mask_max_abs", "mask_mean_abs"), float("nan"))
-    figures |= {"top1_agreement": 1.0, "mask_iou": 1.0, "rank_correlation": 1.0}
+    figures |= {"top1_agreement": 1.0, "mask_iou": 1.0, "rank_correlation": 1.0, "mask_shift": 0}
     figures["outputs"] = {}
     figures["batch"] = {"equal_rows": {"1": 0.0}, "by_size": {}, "order": 0.0}
     kinds = [type(error) for error in check(figures, Thresholds())]
@@ -249,7 +249,8 @@ def test_figures_that_are_no_numbers_fail():
 
 def test_worse_boxes_fail_and_better_ones_do_not():
     figures = dict.fromkeys(("logits_max_rel", "logits_mean_rel", "mask_max_abs", "mask_mean_abs"), 0.0)
-    figures |= {"top1_agreement": 1.0, "mask_iou": 1.0, "rank_correlation": 1.0, "dLE": 0.03, "dF1": 0.03}
+    figures |= {"top1_agreement": 1.0, "mask_iou": 1.0, "rank_correlation": 1.0, "mask_shift": 0}
+    figures |= {"dLE": 0.03, "dF1": 0.03}
     figures["outputs"] = {}
     figures["batch"] = {"equal_rows": {"1": 0.0}, "by_size": {}, "order": 0.0}
     assert [type(error) for error in check(figures, Thresholds())] == [LocalisationError]
