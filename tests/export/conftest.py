@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from export import gpu
 from pipeline.backbone import choose_taps, create_classifier, default_normalisation, pyramid
 from pipeline.bundle import Bundle, load_bundle, save_bundle
 from pipeline.cli import run
@@ -154,6 +155,20 @@ def complaint(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         return lines[0]
 
     return run_it
+
+
+@pytest.fixture
+def no_card(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Within it this machine has no NVIDIA driver, whatever it really has: what such a machine must say is tested on all."""
+
+    def missing(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(gpu, "ctypes", SimpleNamespace(CDLL=missing))
+    gpu.gpus.cache_clear()
+    assert gpu.gpus() == ()
+    yield
+    gpu.gpus.cache_clear()
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from onnx import TensorProto, helper
 
 from export.engine import default_threads, open_engine
 from export.files import file_sha256
-from export.gpu import gpus
 from export.manifest import METADATA_KEY
 from pipeline.errors import UsageError
 
@@ -118,7 +117,7 @@ def test_what_is_no_engine_at_all(tmp_path):
         open_engine(tmp_path)
 
 
-@pytest.mark.skipif(bool(gpus()), reason="this machine has a GPU")
+@pytest.mark.usefixtures("no_card")
 @pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
 def test_a_provider_that_is_not_there_is_an_error_and_no_fall_back(exported, bundle, provider):
     for path in (exported.path, bundle.path):

@@ -13,6 +13,7 @@ import pytest
 from onnx import TensorProto, numpy_helper
 
 from export import precision as command
+from export import session as sessions
 from export.engine import open_engine
 from export.gate_images import from_samples
 from export.graph import GraphConfig
@@ -182,13 +183,26 @@ def test_sums_of_int8_products_do_not_saturate(tmp_path):
     assert np.abs(found - 64 * 255 * 127).max() <= 1e4
 
 
-@pytest.mark.skipif(
-    not Path("/proc/cpuinfo").exists() or platform.machine() != "x86_64", reason="x86 Linux tells by flags"
-)
 def test_processors_without_vnni_are_found_out():
     """Asked of the kernels themselves, not of the flags: exact sums at half the speed are only for those that need them."""
     flags = set(Path("/proc/cpuinfo").read_text().split())
-    assert sums_saturate() is not bool(flags & {"avx512_vnni", "avx_vnni", "amx_int8"})
+    exact = platform.machine() != "x86_64" or bool(flags & {"avx512_vnni", "avx_vnni", "amx_int8"})
+    assert sums_saturate() is not exact
+
+
+@pytest.mark.parametrize(("precision", "asked"), [("int8", True), (None, True), ("fp32", False)])
+def test_exact_sums_are_asked_for_where_they_would_saturate(exported, monkeypatch, precision, asked):
+    """Of graphs that say they are int8 or say nothing, and on such processors alone."""
+    key = "session.x64quantprecision"
+    monkeypatch.setattr(sessions, "precision_of", lambda path, data=None: precision)
+    for saturates in (True, False):
+        monkeypatch.setattr(sessions, "sums_saturate", lambda saturates=saturates: saturates)
+        options = open_session(exported.path, "cpu", 1, None)[0].get_session_options()
+        if asked and saturates:
+            assert options.get_session_config_entry(key) == "1"
+        else:
+            with pytest.raises(RuntimeError, match=key):
+                options.get_session_config_entry(key)
 
 
 def test_int8_for_tensorrt(source, images):
