@@ -16,6 +16,9 @@ from pipeline.metrics.boxes import binarize
 STORED_LEVELS = 255
 """Masks are stored as bytes; ranks are compared at that resolution, below which a saturated mask is only rounding."""
 
+CLEARLY = 0.7
+"""Where masks fit better elsewhere, their difference there is less than this share of what it is without a move."""
+
 _COMPARED = 12
 """About so many images are run again at each small batch size."""
 
@@ -134,10 +137,11 @@ def further_outputs(reference: Engine, tested: Engine, images: np.ndarray) -> di
 def displacement(reference: Answers, tested: Answers) -> int:
     """By how many cells, 0 or 1, the masks of one engine have to be moved to fit those of the other best.
 
-    Rounding has no direction, so this tells a shift from it at any precision.  All images count together, without the
-    cells at the edge; masks of fewer than 4 cells a side have no such figure (0).
+    Rounding has no direction, so this tells a shift from it at any precision.  Masks count as they are stored, all images
+    together, without the cells at the edge; flat ones, which fit about as well anywhere, and those of fewer than 4 cells a
+    side are not shifted (0).
     """
-    one, two = np.nan_to_num(reference.masks).astype(np.float64), np.nan_to_num(tested.masks).astype(np.float64)
+    one, two = (np.round(np.nan_to_num(found.masks) * STORED_LEVELS) for found in (reference, tested))
     height, width = one.shape[1:]
     if min(height, width) < 4:
         return 0
@@ -147,8 +151,8 @@ def displacement(reference: Answers, tested: Answers) -> int:
         for down in (0, -1, 1)
         for right in (0, -1, 1)
     }
-    best = min(apart, key=lambda move: apart[move])  # the first of equals: not moved
-    return max(abs(step) for step in best)
+    best = min(apart, key=lambda move: apart[move])
+    return max(abs(step) for step in best) if apart[best] < CLEARLY * apart[0, 0] else 0
 
 
 def other_sizes(reference: Engine, tested: Engine, images: np.ndarray) -> dict[str, dict[str, float]]:
@@ -156,7 +160,8 @@ def other_sizes(reference: Engine, tested: Engine, images: np.ndarray) -> dict[s
 
     The pictures are ``images`` (n, S, S, 3), continued beyond their edges.  Named as in `summarise`.
     """
-    side, names = images.shape[1], ("logits_max_rel", "mask_max_abs")
+    side = images.shape[1]
+    names = ("logits_max_rel", "logits_mean_rel", "mask_max_abs", "mask_mean_abs")
     found = {}
     for height, width in ((side, 2 * side - 5), (side + side // 2 + 1, side), (2 * side + 3, side + 9)):
         larger = np.pad(images[:2], ((0, 0), (0, height - side), (0, width - side), (0, 0)), mode="wrap")

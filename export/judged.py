@@ -129,6 +129,8 @@ def write_judged(
     engine = OnnxEngine(out, provider="cpu", threads=judging.threads or default_threads(), data=draft)
     parity = judge_engine(engine, source, out, judging, notes=notes, say=say)
     rates = measured(engine, source.images(None, 8, "--parity-data").images, opt=8)
+    if stand_in is not None:
+        rates["on"] += ": an emulation's speed, not the graph's"
     manifest = manifest.model_copy(update={"parity": parity, "throughput": rates})
     write_bytes(out, serialise(model, manifest))
     return manifest

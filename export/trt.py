@@ -123,7 +123,9 @@ def make(arguments: Any, out: Path, judging: Judging, *, rebuild: str) -> Manife
     )  # fmt: skip
     rates = measured(engine, source.images(None, 8, "--parity-data").images, opt=manifest.profiles[0].opt)
     if engine.info.kind != "tensorrt":
-        rates["on"] += ": the graph's speed, not the engine's"
+        rates["on"] += (
+            f": {'an emulation' if rewritten.stand_in is not None else 'the graph'}'s speed, not the engine's"
+        )
     manifest = manifest.model_copy(update={"parity": parity, "throughput": rates})
     write_engine(out, graph, built.plan, manifest)
     print(f"wrote {out}, {out.name}.json and {out.name}.onnx")

@@ -62,7 +62,6 @@ def whole_step(filesystem: pyarrow.fs.FileSystem, folder: str, name: str) -> int
     import torch
 
     from pipeline.bundle import load_bundle
-    from pipeline.errors import UsageError
 
     with tempfile.TemporaryDirectory() as scratch:
         try:
@@ -71,7 +70,7 @@ def whole_step(filesystem: pyarrow.fs.FileSystem, folder: str, name: str) -> int
             rows = (Path(scratch) / "log.csv").read_text(encoding="utf-8").splitlines()
             if (Path(scratch) / "bundle").is_dir():
                 load_bundle(Path(scratch) / "bundle")
-        except (OSError, RuntimeError, ValueError, EOFError, UsageError):
+        except Exception:  # what torch's unpickler says of damage has no base of its own
             return None
         beside = f"{folder.rpartition('/')[0]}/{FOLDER}"
         needed = [] if state["population"] else [f"{beside}/{file_name(taken)}" for taken in state["snapshots"]]

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 ConcreteMode = Literal["hard", "soft", "sigmoid", "logits"]
+COLDEST = 1e-2
+"""A learned temperature counts as at least this: at 0 and below there is no distribution."""
 _EPS = 1e-8  # inside the logarithms of the uniform noise, as published
 
 
@@ -85,7 +87,7 @@ class ConcreteHead(nn.Module):
             return logits
         if mode == "sigmoid":
             return torch.sigmoid(logits)
-        temperature = self.config.temperature if self.tau is None else self.tau
+        temperature = self.config.temperature if self.tau is None else self.tau.clamp(min=COLDEST)
         assert temperature is not None
         if self.training:
             uniform = torch.rand(logits.shape, generator=generator, device=logits.device, dtype=logits.dtype)

@@ -60,18 +60,19 @@ class RayReporter:
             self.bar = tqdm_ray.tqdm(total=100, desc=f"train {plan.preset}", unit="%")
             self.bar.update(int(first_course * 100))
         self.shown = int(first_course * 100)
-        self.left = TimeLeft(first_course)
+        self.left = TimeLeft()
 
     def progress(self, row: dict[str, Any]) -> None:
         """Move the bar, and write TensorBoard's events."""
         if self.board is not None:
             self.board.add(row["step"], {f"train/{name}": value for name, value in row.items() if name != "step"})
+        left = self.left.words(row["course"])
         done = min(int(row["course"] * 100), 100)
         if self.bar is not None and done > self.shown:
             figures = [f"top-1 {row['clean_right']:.2f}"]
             named = {"mask": "mask_mean", "in": "in_right", "hidden": "hidden"}
             figures += [f"{name} {row[key]:.2f}" for name, key in named.items() if key in row]
-            figures += [words] if (words := self.left.words(row["course"])) else []
+            figures += [left] if left else []
             self.bar.set_description(f"train {row['phase']} step {row['step']}: {', '.join(figures)}")
             self.bar.update(done - self.shown)
             self.shown = done

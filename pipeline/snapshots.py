@@ -47,7 +47,9 @@ class Snapshots:
         place = store.join(self.folder, file_name(taken))
         try:
             return torch.load(io.BytesIO(store.read_bytes(place, most=_MOST_BYTES)), weights_only=True)
-        except (store.ReadError, RuntimeError, EOFError) as error:
+        except store.StoreError:
+            raise
+        except Exception as error:  # what torch's unpickler says of damage has no base of its own
             raise WorkError(f"{place}, an earlier classifier of the run, cannot be read: {error}") from error
 
     def resumed(self, numbers: list[int]) -> None:

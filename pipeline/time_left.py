@@ -1,4 +1,5 @@
-"""How long a run will still take, by its pace since this process began: what came before a restart does not count."""
+"""How long a run will still take, by its pace since this process's first step: neither what came before a restart nor the
+start-up counts."""
 
 from __future__ import annotations
 
@@ -10,17 +11,19 @@ KNOWN_FROM = 0.005
 
 
 class TimeLeft:
-    """Asked again and again with the share of the run that is done."""
+    """Asked after each step with the share of the run that is done; the clock starts with the first question."""
 
-    def __init__(self, first: float, *, now: Callable[[], float] = time.monotonic) -> None:
-        """``first``: the share of the run, in [0, 1], that was done before."""
-        self._first, self._now = first, now
-        self._begun = now()
+    def __init__(self, *, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._begun: tuple[float, float] | None = None  # when, and the share that was done by then
 
     def seconds(self, done: float) -> float | None:
         """Until the end, when the share ``done`` of the run, in [0, 1], is done; none while there is no pace."""
-        since = done - self._first
-        return None if since < KNOWN_FROM else (self._now() - self._begun) / since * max(1 - done, 0.0)
+        if self._begun is None:
+            self._begun = (self._now(), done)
+        begun, first = self._begun
+        since = done - first
+        return None if since < KNOWN_FROM else (self._now() - begun) / since * max(1 - done, 0.0)
 
     def words(self, done: float) -> str:
         """Such as `1:05 h left`, `12 min left`, `40 s left`; nothing while there is no pace."""

@@ -12,7 +12,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -25,6 +25,7 @@ from pipeline.data.images import URI_NAMES
 from pipeline.data.listing import SPLITS, is_image_name
 from pipeline.errors import UsageError
 from serving.lookup import looked_up
+from serving.roots import within
 
 Kind = Literal["image", "parquet", "tar"]
 
@@ -41,6 +42,8 @@ class Inputs:
     shape: Literal["folder", "glob", "file", "list"]
     exclude: str | None = None
     """A folder that is left out: the output, when it lies within the input (all that is ours, when it is the input)."""
+    roots: Sequence[str] = ()
+    """With any: places that a list names outside them are not looked up."""
     others: Counter[str] = field(default_factory=Counter)
     """Files that are neither images nor, without images, containers, by suffix."""
 
@@ -48,7 +51,7 @@ class Inputs:
         """The inputs with their kinds.  Containers count only where there is no image at all."""
         self.others.clear()
         if self.shape == "list":
-            for entry in _list_entries(self.place):
+            for entry in _list_entries(self.place, self.roots):
                 yield "image", entry
             return
         if self.shape == "file":
@@ -88,8 +91,10 @@ class Inputs:
         return folder != self.exclude and not folder.startswith(store.join(self.exclude, "_"))
 
 
-def open_inputs(text: str, *, exclude: str | None = None) -> Inputs:
+def open_inputs(text: str, *, exclude: str | None = None, roots: Sequence[str] = ()) -> Inputs:
     """Understand ``--input``.
+
+    ``roots``: with any, what a list names outside them is not looked up; whoever reads it refuses.
 
     Raises:
         UsageError: there is nothing there.
@@ -97,7 +102,7 @@ def open_inputs(text: str, *, exclude: str | None = None) -> Inputs:
     place = store.place_of(text)
     if store.is_remote(place):
         if not _is_glob(place) and store.exists(place) and _remote_file(place):
-            return Inputs(place, _file_shape(place))
+            return Inputs(place, _file_shape(place), roots=roots)
         if _is_glob(place):
             return Inputs(place, "glob", exclude)
         if next(folders.walk(place), None) is None:
@@ -116,7 +121,7 @@ def open_inputs(text: str, *, exclude: str | None = None) -> Inputs:
     if found is not None and stat.S_ISDIR(found.st_mode):
         return Inputs(place, "folder", exclude)
     if found is not None:
-        return Inputs(place, _file_shape(place))
+        return Inputs(place, _file_shape(place), roots=roots)
     if _is_glob(place):
         return Inputs(place, "glob", exclude)
     raise UsageError(f"--input {text}: no such file or folder; give a folder, a file, a list, a glob or an s3:// URI")
@@ -176,7 +181,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
         raise UsageError(f"--input {pattern}: no glob ({error}); '**' stands for whole folders") from error
 
 
-def _list_entries(place: str) -> Iterator[Entry]:
+def _list_entries(place: str, roots: Sequence[str]) -> Iterator[Entry]:
     """The entries of a list file, one for each line, in its order; relative paths count from the list's folder."""
     folder = place.rsplit("/", 1)[0]
 
@@ -185,7 +190,7 @@ def _list_entries(place: str) -> Iterator[Entry]:
             found = store.place_of(name) if store.is_remote(name) or name.startswith("/") else store.join(folder, name)
             yield found if store.is_remote(found) else os.path.normpath(found)
 
-    return looked_up(places())
+    return looked_up(places(), allowed=lambda found: not roots or within(found, roots))
 
 
 def _list_names(place: str) -> Iterator[str]:

@@ -131,7 +131,7 @@ def prepare(request: BatchRequest, *, dry: bool = False) -> Prepared:
         raise UsageError(f"--output {request.output} is a file; give a folder")
     ledger = Ledger(output)
     known = ledger.current()
-    inputs = open_inputs(request.input, exclude=ledger.output)
+    inputs = open_inputs(request.input, exclude=ledger.output, roots=request.roots)
     stored = None if request.new_plan else _stored(request, inputs.place, ledger, known)
     plan, version = stored or _planned(request, inputs, ledger, known, dry)
     if request.decode_cpus and any(shard.rows < 0 for shard in plan.shards):

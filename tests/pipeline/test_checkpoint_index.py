@@ -69,12 +69,12 @@ def test_a_torn_list_begins_with_the_newest_whole_checkpoint(run: Path) -> None:
 
 
 def test_a_checkpoint_that_was_cut_off_is_not_chosen(run: Path) -> None:
-    state = run / "checkpoint_3" / "state.pt"
-    state.write_bytes(state.read_bytes()[:-500])
+    (run / "checkpoint_3" / "state.pt").write_bytes(b"something else")
     (run / "checkpoint_2" / "log.csv").write_text("step\n1\n2\n")
     (run / INDEX_FILE).write_text("{")
     assert "going on from checkpoint_1, step 10" in str(mend_index(FILES, str(run)))
-    (run / "checkpoint_1" / "bundle").mkdir()
+    state = run / "checkpoint_1" / "state.pt"
+    state.write_bytes(state.read_bytes()[:-500])
     (run / INDEX_FILE).write_text("{")
     assert "no checkpoint beside it is whole; beginning anew" in str(mend_index(FILES, str(run)))
     assert not (run / INDEX_FILE).exists()

@@ -191,6 +191,16 @@ def test_a_learned_temperature_starts_at_a_tenth_and_learns() -> None:
     assert tau.grad is not None and tau.grad != 0
 
 
+def test_a_learned_temperature_that_falls_below_0_still_gives_masks() -> None:
+    head = ConcreteHead(3, ConcreteConfig(mode="soft", temperature=None)).train()
+    assert head.tau is not None
+    head.tau.data.fill_(-0.1)
+    for course in (0.3, 1.0):
+        head.course = course
+        masks = head.masks(torch.linspace(-2, 2, 50), torch.Generator().manual_seed(0))
+        assert bool(masks.isfinite().all()) and masks[-1] > masks[0], "and not the wrong way round"
+
+
 @pytest.mark.parametrize(
     "options", [{"mode": "firm"}, {"temperature": 0.0}, {"temperature": -1.0}, {"anneal": 1.5}, {"shown": "best"}]
 )

@@ -46,10 +46,11 @@ def test_what_a_killed_attempt_left_is_written_anew(tmp_path: Path) -> None:
 
 def test_one_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     snapshots = Snapshots(str(tmp_path))
-    snapshots.keep({7: a_state(7)})
+    snapshots.keep({7: a_state(7), 9: a_state(9)})
     place = tmp_path / "population" / file_name(7)
     place.write_bytes(place.read_bytes()[:50])
-    for taken in (7, 8):
+    place.with_name(file_name(9)).write_bytes(b"something else")
+    for taken in (7, 8, 9):
         with pytest.raises(WorkError, match=f"population/{taken:09d}.pt, an earlier classifier of the run"):
             snapshots.read(taken)
 

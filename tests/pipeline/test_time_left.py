@@ -7,14 +7,15 @@ import pytest
 from pipeline.time_left import TimeLeft
 
 
-def test_a_resumed_run_does_not_count_what_came_before() -> None:
+def test_what_came_before_the_first_step_does_not_count() -> None:
     clock = iter([100.0, 160.0])
-    left = TimeLeft(0.5, now=lambda: next(clock))
+    left = TimeLeft(now=lambda: next(clock))
+    assert left.seconds(0.5) is None  # the first step after a restart
     assert left.seconds(0.6) == pytest.approx(240)  # a tenth took a minute, four are left
 
 
 def test_there_is_no_pace_at_the_start() -> None:
-    left = TimeLeft(0.25)
+    left = TimeLeft()
     assert left.seconds(0.25) is None and left.words(0.252) == ""
 
 
@@ -23,4 +24,6 @@ def test_there_is_no_pace_at_the_start() -> None:
 )
 def test_words(elapsed: float, words: str) -> None:
     clock = iter([0.0, elapsed])
-    assert TimeLeft(0.0, now=lambda: next(clock)).words(0.5) == words
+    left = TimeLeft(now=lambda: next(clock))
+    assert left.words(0.0) == ""
+    assert left.words(0.5) == words

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -83,6 +84,32 @@ def test_objects_of_a_list_are_known_by_their_content(
     assert asked == [f"{bucket}/no/such.jpg"], "a folder is listed instead of asking for its objects one by one"
     monkeypatch.setattr(lookup, "PER_PAGE", 1000)
     assert found() == entries and len(asked) == 63
+
+
+def test_a_list_sends_nobody_outside_the_roots(
+    remote: str, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a job is planned, neither: a client could have the service knock at any door with its own keys."""
+    inside = f"{remote}/00003.jpg"
+    names = [inside, "s3://elsewhere/x.jpg", "http://127.0.0.1:1/x.jpg", f"{bucket}/../elsewhere/x.jpg", "/etc/passwd"]
+    names += [f"s3://elsewhere/many/{k}.jpg" for k in range(40)]  # so many of one folder would be listed
+    (tmp_path / "list.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+    asked: list[str] = []
+    filesystem, look_at = folders.filesystem, folders.look_at
+    monkeypatch.setattr(folders, "filesystem", lambda place: asked.append(place) or filesystem(place))
+    monkeypatch.setattr(folders, "look_at", lambda place: asked.append(place) or look_at(place))
+    found = [entry for _, entry in open_inputs(str(tmp_path / "list.txt"), roots=[remote, str(tmp_path)]).entries()]
+    assert set(asked) == {inside} and found[0].size > 0
+    assert [(entry.place, entry.size) for entry in found[1:]] == [(name, -1) for name in names[1:]]
+
+
+def test_lines_that_can_name_no_object_cost_themselves_alone(remote: str, tmp_path: Path) -> None:
+    names = ["s3://bucket-alone", "s3://!/x.jpg", "nothing://knows/this.jpg", f"{remote}/00003.jpg"]
+    (tmp_path / "list.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+    begun = time.monotonic()
+    found = [entry for _, entry in open_inputs(str(tmp_path / "list.txt")).entries()]
+    assert [entry.size for entry in found[:3]] == [-1] * 3 and found[3].size > 0
+    assert time.monotonic() - begun < 10, "and are not tried again and again"
 
 
 def test_a_job_among_faults_loses_nothing(
