@@ -24,9 +24,8 @@ from serving.http_jobs import add_jobs
 from serving.jobs import JobManager
 from serving.metrics import Metrics, text
 from serving.models import Models
-from serving.proxy import turn_on
+from serving.proxy import RETRY_AFTER_SECONDS, turn_on
 
-RETRY_AFTER_SECONDS = 1
 OTHER_REQUESTS = 16
 """Requests that a replica takes besides those that its queue of images has room for."""
 TELL_SECONDS = 5.0

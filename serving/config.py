@@ -37,18 +37,21 @@ class LiveConfig(BaseModel):
         return self.model_copy(update={"max_queue": queue, "batch_size": min(self.batch_size, queue)})
 
 
-def live_settings(now: LiveConfig, wanted: dict[str, Any], *, most: int) -> tuple[LiveConfig, str]:
+def live_settings(arguments: LiveConfig, wanted: dict[str, Any], *, most: int) -> tuple[LiveConfig, str]:
     """The settings that ``user_config`` asks for, as far as they can be met, and what could not be, in a line ("": nothing).
 
-    ``now``: the values of what is not named, and of everything when a name or value is wrong.  ``most``: images that the
+    ``arguments``: the values of what is not named, and of everything when a name or value is wrong.  ``most``: images that the
     deployment's own limits were set for.
     """
     try:
-        asked = LiveConfig.model_validate({name: getattr(now, name) for name in LiveConfig.model_fields} | wanted)
+        asked = LiveConfig.model_validate({name: getattr(arguments, name) for name in LiveConfig.model_fields} | wanted)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        return now, f"user_config is left out: {where}: {first['msg']}"
+        known = ", ".join(LiveConfig.model_fields)
+        return arguments, (
+            f"user_config is left out, and the arguments hold: {where}: {first['msg']}; the live settings are {known}"
+        )
     live = asked.within(most)
     if live == asked:
         return live, ""

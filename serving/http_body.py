@@ -38,7 +38,7 @@ class Admission:
             ServiceError: the replica is full.
         """
         if self.images >= config.max_queue:
-            raise busy()
+            raise busy(full=True)
         place = Place(self, config)
         try:
             place.hold_images(1)

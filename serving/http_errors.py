@@ -12,13 +12,18 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from serving.metrics import Metrics
+from serving.proxy import FULL_HEADER, RETRY_AFTER_SECONDS
 
 
 class ServiceError(Exception):
     """An answer that is an error."""
 
-    def __init__(self, status: int, kind: str, message: str, *, retry_after: int | None = None) -> None:
+    def __init__(
+        self, status: int, kind: str, message: str, *, retry_after: int | None = None, full: bool = False
+    ) -> None:
+        """``full``: no request at all would be let in now, however small (`serving.proxy.KnownFull`)."""
         super().__init__(message)
+        self.full = full
         self.status, self.kind, self.message, self.retry_after = status, kind, message, retry_after
 
 
@@ -36,14 +41,18 @@ def described_errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorAnswer} for status in sorted({401, 403, 500, *statuses})}
 
 
-def busy() -> ServiceError:
-    return ServiceError(429, "busy", "too many images are waiting; try again", retry_after=1)
+def busy(*, full: bool = False) -> ServiceError:
+    return ServiceError(
+        429, "busy", "too many images are waiting; try again", retry_after=RETRY_AFTER_SECONDS, full=full
+    )
 
 
 def refusal(metrics: Metrics, error: ServiceError) -> JSONResponse:
     """The answer of an error, which is counted."""
     metrics.errors.labels(error.kind).inc()
-    headers = {"Retry-After": str(error.retry_after)} if error.retry_after is not None else None
+    headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+    if error.full:
+        headers[FULL_HEADER.decode()] = "1"
     body = {"error": {"kind": error.kind, "message": error.message}}
     return JSONResponse(body, status_code=error.status, headers=headers)
 

@@ -65,7 +65,8 @@ class Guard:
                 await refusal(self._service.metrics, ServiceError(500, "internal", message))(scope, receive, sent)
         metrics, route = self._service.metrics, getattr(scope.get("route"), "path", "other")
         before = request.headers.get(REFUSED_HEADER.decode(), "")
-        if before.isdecimal() and len(before) < 7:  # by the proxy, without asking
+        counts = route.endswith("/saliency") and status not in (401, 403)
+        if counts and before.isdecimal() and len(before) < 7:  # refused by the proxy, without asking
             metrics.requests.labels(route, 429).inc(int(before))
             metrics.errors.labels("busy").inc(int(before))
         metrics.requests.labels(route, status).inc()

@@ -233,7 +233,7 @@ class JobManager:
         """
         idle = record.idle_starts if record.done == record.done_at_start else 0
         if idle >= MOST_STARTS:
-            message = f"started {idle} times, and ended each time before another image was scored"
+            message = f"started {idle} times, and ended each time before another shard was finished"
             record = replace(record, state="failed", seconds_left=None, message=f"{message}; {_see_log(record.id)}")
         else:
             counts = {"starts": record.starts + 1, "idle_starts": idle + 1, "done_at_start": record.done}

@@ -11,6 +11,7 @@ there already, and for Serve config files, set the variable for all nodes:
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import time
@@ -27,6 +28,10 @@ DEFAULT_BYTES = 1 << 30
 RETRY_AFTER_SECONDS = 1
 REFUSED_HEADER = b"x-onepass-refused"
 """How many requests a proxy has refused by itself since it last sent one on; a replica counts them."""
+FULL_HEADER = b"x-onepass-full"
+"""Of a refusal by a replica or a proxy that would let nothing in now."""
+MOST_DRAINED, DRAINING_SECONDS = 16 << 20, 10.0
+"""What is read and thrown away of the body of a refused request, and for how long."""
 
 
 def turn_on() -> None:
@@ -36,19 +41,26 @@ def turn_on() -> None:
 
 def middlewares() -> list[Middleware]:
     """What Ray asks for in each proxy when it starts."""
-    return [
+    return [  # from the inside out
+        Middleware(BoundedBodies, most=_number(BYTES_VARIABLE, DEFAULT_BYTES)),
         Middleware(KnownFull),
-        Middleware(BoundedBodies, most=int(os.environ.get(BYTES_VARIABLE) or DEFAULT_BYTES)),
     ]
+
+
+def _number(variable: str, default: int) -> int:
+    text = os.environ.get(variable) or str(default)
+    if not text.isdecimal():
+        raise ValueError(f"{variable}={text}: give a number of bytes")
+    return int(text)
 
 
 class KnownFull:
     """Refuses with 429 what replicas would refuse, for a second after one of them did.
 
     A replica that is full says so only after the request's body has come to it, which under an overload costs the time that
-    scoring needs.  So the proxy remembers how many requests for masks were under way when a replica refused one, and for
-    ``hold`` seconds sends on no more than that; then it asks again.  It never keeps an idle replica from work: less
-    under way, and the next request goes through.
+    scoring needs.  So the proxy remembers how many requests for masks were under way when one was refused that would have
+    been let in had there been any room, and for ``hold`` seconds sends on no more than that; then it asks again.  Less under
+    way, and the next request goes through.
     """
 
     def __init__(
@@ -59,25 +71,27 @@ class KnownFull:
         self._most, self._until = 1, 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        asks_for_masks = scope["type"] == "http" and scope["method"] == "POST" and scope["path"].endswith("/saliency")
-        if not asks_for_masks:
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
+            return
+        # Nobody but this proxy says how many it has refused.
+        headers = [(name, value) for name, value in scope["headers"] if name.lower() != REFUSED_HEADER]
+        if scope["method"] != "POST" or not scope["path"].endswith("/saliency"):
+            await self._app({**scope, "headers": headers}, receive, send)
             return
         if self._under_way >= self._most and self._now() < self._until:
             self._refused += 1
-            more = True
-            while more:  # a client that is cut off while it sends would not see the answer
-                message = await receive()
-                more = message["type"] == "http.request" and message.get("more_body", False)
-            await _refuse(send, 429)
+            await _refuse(send, 429, close=not await _drained(receive))
             return
 
         async def watched(message: MutableMapping[str, Any]) -> None:
-            if message["type"] == "http.response.start" and message["status"] == 429:
-                self._most, self._until = max(1, self._under_way - 1), self._now() + self._hold
+            if message["type"] == "http.response.start":
+                kept = [(name, value) for name, value in message["headers"] if name.lower() != FULL_HEADER]
+                if len(kept) < len(list(message["headers"])):
+                    self._most, self._until = max(1, self._under_way - 1), self._now() + self._hold
+                    message = {**message, "headers": kept}
             await send(message)
 
-        headers = [(name, value) for name, value in scope["headers"] if name.lower() != REFUSED_HEADER]
         if self._refused:
             headers.append((REFUSED_HEADER, b"%d" % self._refused))
         self._refused = 0
@@ -86,6 +100,21 @@ class KnownFull:
             await self._app({**scope, "headers": headers}, receive, watched)
         finally:
             self._under_way -= 1
+
+
+async def _drained(receive: Receive) -> bool:
+    """Read what is left of a body, as far as it is worth it: a client that is cut off while it sends does not see the answer."""
+    size = 0
+    try:
+        async with asyncio.timeout(DRAINING_SECONDS):
+            while size <= MOST_DRAINED:
+                message = await receive()
+                size += len(message.get("body", b""))
+                if message["type"] != "http.request" or not message.get("more_body", False):
+                    return True
+    except TimeoutError:
+        pass
+    return False
 
 
 class BoundedBodies:
@@ -131,7 +160,7 @@ class BoundedBodies:
             if not own:
                 await send(message)
             elif message["type"] == "http.response.body" and not message.get("more_body", False):
-                await _refuse(send, own)
+                await _refuse(send, own, full=own == 429)
 
         try:
             await self._app(scope, counted, watched)
@@ -141,7 +170,7 @@ class BoundedBodies:
             await _refuse(send)
 
 
-async def _refuse(send: Send, status: int = 503) -> None:
+async def _refuse(send: Send, status: int = 503, *, close: bool = False, full: bool = False) -> None:
     kind = "busy" if status == 429 else "unavailable"
     body = json.dumps(
         {"error": {"kind": kind, "message": "the service cannot take this request now; try again"}}
@@ -151,7 +180,9 @@ async def _refuse(send: Send, status: int = 503) -> None:
         (b"content-length", b"%d" % len(body)),
         (b"retry-after", b"%d" % RETRY_AFTER_SECONDS),
     ]
-    if status == 503:  # the rest of the body need not come
+    if status == 503 or close:  # the rest of the body need not come
         headers.append((b"connection", b"close"))
+    if full:
+        headers.append((FULL_HEADER, b"1"))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

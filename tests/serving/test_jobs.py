@@ -285,7 +285,7 @@ def test_a_job_whose_process_dies_is_started_again_a_few_times(root: Path) -> No
     job = run(root, die)
     assert [record.starts for record in Started.records] == [1, 2, 3, 4, 5]
     assert (job["state"], job["seconds_left"]) == ("failed", None)
-    assert job["message"].startswith("started 5 times, and ended each time before another image was scored; the log")
+    assert job["message"].startswith("started 5 times, and ended each time before another shard was finished; the log")
     assert "Traceback" not in job["message"]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from serving import proxy
-from serving.proxy import REFUSED_HEADER, BoundedBodies, KnownFull
+from serving.proxy import FULL_HEADER, REFUSED_HEADER, BoundedBodies, KnownFull
 
 
 class Proxied:
@@ -106,7 +106,7 @@ def test_ray_gets_it_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     proxy.turn_on()
     name = os.environ[proxy.CALLBACK_VARIABLE]
     monkeypatch.setenv(proxy.BYTES_VARIABLE, "123")
-    known, bound = validate_http_proxy_callback_return(call_function_from_import_path(name))
+    bound, known = validate_http_proxy_callback_return(call_function_from_import_path(name))
     assert known.cls is KnownFull and (bound.cls, bound.kwargs) == (BoundedBodies, {"most": 123})
     monkeypatch.setenv(proxy.CALLBACK_VARIABLE, "mine:middlewares")
     proxy.turn_on()
@@ -116,8 +116,8 @@ def test_ray_gets_it_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
 class Replica:
     """Holds so many requests, until it is told to answer them, and refuses others."""
 
-    def __init__(self, room: int) -> None:
-        self.room, self.held, self.asked = room, 0, 0
+    def __init__(self, room: int, *, full: bool = True) -> None:
+        self.room, self.held, self.asked, self.full = room, 0, 0, full
         self.told: list[bytes] = []
         self.gate = asyncio.Event()
 
@@ -126,14 +126,42 @@ class Replica:
         self.told += [value for name, value in scope["headers"] if name == REFUSED_HEADER]
         while (await receive())["more_body"]:
             pass
-        status = 429
+        status, headers = 429, [(FULL_HEADER, b"1")] if self.full else []
         if self.held < self.room:
             self.held += 1
             await self.gate.wait()
             self.held -= 1
-            status = 200
-        await send({"type": "http.response.start", "status": status, "headers": []})
+            status, headers = 200, []
+        await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": b""})
+
+
+async def post(
+    known: KnownFull, path: str = "/v1/saliency", *, method: str = "POST", claims: bytes = b"", parts: int = 4
+) -> MutableMapping[str, Any]:
+    """The start of the answer to a request whose body comes in so many parts."""
+    rest = [b"x" * (1 << 20)] * parts
+
+    async def receive() -> dict[str, Any]:
+        part = rest.pop()
+        return {"type": "http.request", "body": part, "more_body": bool(rest)}
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        sent.append(message)
+
+    sent: list[MutableMapping[str, Any]] = []
+    headers = [(REFUSED_HEADER, claims)] if claims else []
+    await known({"type": "http", "method": method, "path": path, "headers": headers}, receive, send)
+    assert not rest or (b"connection", b"close") in sent[0]["headers"], "a client that still sends must not be cut off"
+    assert FULL_HEADER not in dict(sent[0]["headers"]) or method != "POST" or not path.endswith("/saliency")
+    return sent[0]
+
+
+async def filled(replica: Replica, known: KnownFull) -> list[asyncio.Task[MutableMapping[str, Any]]]:
+    held = [asyncio.create_task(post(known)) for _ in range(replica.room)]
+    while replica.held < replica.room:
+        await asyncio.sleep(0)
+    return held
 
 
 def test_a_proxy_refuses_by_itself_what_replicas_have_just_refused() -> None:
@@ -142,35 +170,51 @@ def test_a_proxy_refuses_by_itself_what_replicas_have_just_refused() -> None:
         replica = Replica(3)
         known = KnownFull(replica, now=lambda: clock[0])
 
-        async def one(path: str = "/v1/saliency", method: str = "POST", claims: bytes = b"") -> int:
-            parts = [b"x" * 10] * 4
+        async def one(*words: str, **how: Any) -> int:
+            return (await post(known, *words, **how))["status"]
 
-            async def receive() -> dict[str, Any]:
-                part = parts.pop()
-                return {"type": "http.request", "body": part, "more_body": bool(parts)}
-
-            async def send(message: MutableMapping[str, Any]) -> None:
-                sent.append(message)
-
-            sent: list[MutableMapping[str, Any]] = []
-            headers = [(REFUSED_HEADER, claims)] if claims else []
-            await known({"type": "http", "method": method, "path": path, "headers": headers}, receive, send)
-            assert not parts, "a client that still sends must not be cut off"
-            return sent[0]["status"]
-
-        held = [asyncio.create_task(one()) for _ in range(3)]
-        while replica.held < 3:
-            await asyncio.sleep(0)
+        held = await filled(replica, known)
         assert [await one() for _ in range(100)] == [429] * 100
         assert replica.asked == 4, "the first of them was the replica's word"
-        assert await one(method="GET") == 429 and await one("/v1/jobs") == 429 and replica.asked == 6, (
-            "other routes go on"
-        )
+        assert await one(method="GET") == 429 and await one("/v1/jobs") == 429 and replica.asked == 6, "others go on"
+        endless = await post(known, parts=100)
+        assert endless["status"] == 429 and (b"connection", b"close") in endless["headers"]
         clock[0] += 2
         assert await one(claims=b"999") == 429 and replica.asked == 7, "it is asked again, and told how many there were"
-        assert replica.told == [b"99"], "and nobody else can say so"
+        assert await one("/healthz", method="GET", claims=b"999") == 429 and replica.told == [b"100"], "by nobody else"
         replica.gate.set()
-        assert [await task for task in held] == [200] * 3
+        assert [(await task)["status"] for task in held] == [200] * 3
         assert await one("/v1/models/a/saliency") == 200, "less is under way"
+
+    asyncio.run(crowd())
+
+
+def test_what_is_too_large_for_the_room_that_is_left_says_nothing_of_others() -> None:
+    async def crowd() -> None:
+        replica = Replica(3, full=False)
+        known = KnownFull(replica, now=lambda: 0.0)
+        held = await filled(replica, known)
+        assert [(await post(known))["status"] for _ in range(5)] == [429] * 5 and replica.asked == 8
+        replica.gate.set()
+        await asyncio.gather(*held)
+
+    asyncio.run(crowd())
+
+
+def test_the_proxies_own_refusals_are_remembered_too() -> None:
+    async def crowd() -> None:
+        app = Proxied(429)
+        app.gate.set()
+        known = KnownFull(BoundedBodies(app, most=1 << 30), now=lambda: 0.0)
+        waiting = Proxied(200)
+        known._app, bounded = BoundedBodies(waiting, most=1 << 30), known._app
+        held = asyncio.create_task(post(known))
+        while not waiting.taken:
+            await asyncio.sleep(0)
+        known._app = bounded
+        taken = [((await post(known))["status"], app.taken >> 20) for _ in range(3)]
+        assert taken == [(429, 4)] * 3, "only the first was sent on"
+        waiting.gate.set()
+        assert (await held)["status"] == 200
 
     asyncio.run(crowd())
