@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,23 +13,19 @@ from pipeline.model import SaliencyModel
 from pipeline.population import Population
 from pipeline.snapshots import Snapshots
 from pipeline.step import JointStep
-
-LOG_COLUMNS: tuple[str, ...] = (
-    "step", "phase", "course", "seconds", "clean_loss", "clean_right", "masker_loss", "in_right", "out_right",
-    "mask_mean", "hidden", "leak", "unit", "price", "waiting",
-)  # fmt: skip
+from pipeline.step_log import StepLog
 
 
 def save(
     folder: Path,
     row: dict[str, Any],
-    rows: list[dict[str, Any]],
+    log: StepLog,
     model: SaliencyModel,
     step_of: JointStep,
     population: Population | None,
     snapshots: Snapshots | None,
 ) -> None:
-    """Write ``state.pt`` and ``log.csv`` after the step of ``row``; ``rows``: of all steps.
+    """Write ``state.pt`` and ``log.csv`` after the step of ``row``; ``log``: of all steps.
 
     ``snapshots``: where the population's snapshots lie; none: in the checkpoint itself.
     """
@@ -47,11 +42,7 @@ def save(
         "population": list(population.state().values()) if population and snapshots is None else [],
     }
     torch.save(state, folder / "state.pt")
-    with (folder / "log.csv").open("w", newline="", encoding="utf-8") as file:
-        # A method with one side only has no figures of the other.
-        writer = csv.DictWriter(file, LOG_COLUMNS, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
+    log.write(folder / "log.csv")
 
 
 def restore(
@@ -60,8 +51,9 @@ def restore(
     step_of: JointStep,
     population: Population | None,
     snapshots: Snapshots | None,
-) -> tuple[int, float, list[dict[str, Any]]]:
-    """Take what `save` wrote; returns the number of steps, the seconds that they took, and the rows of the log.
+    log: StepLog,
+) -> tuple[int, float]:
+    """Take what `save` wrote; returns the number of steps and the seconds that they took.
 
     Raises:
         WorkError: a snapshot that the checkpoint names cannot be read.
@@ -77,6 +69,5 @@ def restore(
             inside = [snapshots.read(taken) for taken in numbers]
             snapshots.resumed(numbers)
         population.restore(dict(zip(numbers, inside, strict=True)))
-    with (folder / "log.csv").open(newline="", encoding="utf-8") as file:
-        rows: list[dict[str, Any]] = list(csv.DictReader(file))
-    return state["step"], state["seconds"], rows
+    log.read(folder / "log.csv")
+    return state["step"], state["seconds"]

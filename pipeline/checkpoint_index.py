@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow.fs
 import ray
 
+from pipeline.run_folder import write_whole
 from pipeline.snapshots import FOLDER, file_name
 from pipeline.validation import LEAST, SCORE
 
@@ -26,6 +27,9 @@ def mend_index(filesystem: pyarrow.fs.FileSystem, folder: str) -> str | None:
 
     Returns what was done, for the user; none where the list holds, or there is neither list nor checkpoint.  The new list
     holds the newest checkpoint that is whole; without one there is no list, and the run begins anew.
+
+    Raises:
+        OSError: the store or the disk does not answer.
     """
     path = f"{folder}/{INDEX_FILE}"
     there = {
@@ -48,8 +52,7 @@ def mend_index(filesystem: pyarrow.fs.FileSystem, folder: str) -> str | None:
     for name in sorted(there, reverse=True):
         step = whole_step(filesystem, folder, name)
         if step is not None:
-            with filesystem.open_output_stream(path) as stream:
-                stream.write(json.dumps(_index_of(name, step)).encode())
+            write_whole(filesystem, path, json.dumps(_index_of(name, step)).encode())
             return f"{path} {trouble}; going on from {name}, step {step}"
     if exists:
         filesystem.delete_file(path)
@@ -58,7 +61,11 @@ def mend_index(filesystem: pyarrow.fs.FileSystem, folder: str) -> str | None:
 
 def whole_step(filesystem: pyarrow.fs.FileSystem, folder: str, name: str) -> int | None:
     """The step of a checkpoint all of whose files can be read; none for one that was cut off while it was copied, or whose
-    snapshots of the classifier, which lie beside ``folder``, are gone."""
+    snapshots of the classifier, which lie beside ``folder``, are gone.
+
+    Raises:
+        OSError: the store or the disk does not answer, which says nothing of the checkpoint.
+    """
     import torch
 
     from pipeline.bundle import load_bundle
@@ -66,6 +73,9 @@ def whole_step(filesystem: pyarrow.fs.FileSystem, folder: str, name: str) -> int
     with tempfile.TemporaryDirectory() as scratch:
         try:
             pyarrow.fs.copy_files(f"{folder}/{name}", scratch, source_filesystem=filesystem)
+        except FileNotFoundError:
+            return None
+        try:
             state = torch.load(Path(scratch) / "state.pt", map_location="cpu", weights_only=True)
             rows = (Path(scratch) / "log.csv").read_text(encoding="utf-8").splitlines()
             if (Path(scratch) / "bundle").is_dir():

@@ -1,7 +1,8 @@
 """What a frozen classifier said of pictures that come again and again: its answers and maps are computed once.
 
 Worth it for small training sets (`--per-class 10`) whose pictures are shown whole, as they are and mirrored: a picture has
-two views then, and the clean pass, one of three, is spared from the second round on.
+two views then, and the clean pass, one of three, is spared once all views of a batch have been seen: of batches of 16 it
+is in 60 % after five rounds, and in nearly all after ten.
 """
 
 from __future__ import annotations
@@ -45,6 +46,11 @@ class CleanCache:
         one = logits[0].nbytes + sum(value[0].nbytes for value in features.values())
         if self.open and one * self.views > MOST_BYTES:
             self.open = False
+            print(
+                f"the classifier's answers to {self.views} views take {one * self.views / 2**30:.1f} GiB, more than "
+                f"{MOST_BYTES >> 30}, and are computed anew at every step",
+                flush=True,
+            )
         if self.open:
             # The order in memory decides in which order sums are taken, and so the last digits.
             last = all(value.is_contiguous(memory_format=torch.channels_last) for value in features.values())

@@ -22,6 +22,11 @@ MOST = 3
 FOLDER = "failures"
 ECHOES = ("/gloo/", "NCCL error", "Connection closed by peer", "Connection reset by peer")
 """Words of the errors that collectives raise on all other workers when one is lost; the lost one has said why, if it could."""
+STORE_ERROR, REFUSALS = (
+    "AWS Error",
+    ("ACCESS_DENIED", "NO_SUCH_BUCKET", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH"),
+)
+"""What Arrow says of an object store, through which Ray writes checkpoints, and the kinds that waiting does not mend."""
 CHANGING = re.compile(r"\btmp\w+|0x[0-9a-f]+|\d+")
 """What differs between two messages of the same fault: temporary folders, addresses, numbers of processes and bytes."""
 
@@ -44,7 +49,10 @@ def record(run: str, rank: int, step: int, error: BaseException) -> None:
     Says on stderr when the note cannot be written, so that the error itself is what the caller goes on to raise.
     """
     lost_another = isinstance(error, RuntimeError | ConnectionError) and any(word in str(error) for word in ECHOES)
-    if lost_another or isinstance(error, DistError | store.StoreError):
+    store_is_away = (
+        isinstance(error, OSError) and STORE_ERROR in str(error) and not any(kind in str(error) for kind in REFUSALS)
+    )
+    if lost_another or store_is_away or isinstance(error, DistError | store.StoreError):
         return
     words = f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
     try:

@@ -29,12 +29,17 @@ def room(found: Sequence[Machine], cpus: int, *, gpu: bool) -> int:
     return sum(min(machine.cpus // cpus, machine.gpus) if gpu else machine.cpus // cpus for machine in found)
 
 
-def place(found: Sequence[Machine], workers: tuple[int, int], *, gpu: bool, cpus: int | None = None) -> int:
+def place(found: Sequence[Machine] | None, workers: tuple[int, int], *, gpu: bool, cpus: int | None = None) -> int:
     """The CPUs of each of ``workers`` (fewest, most): ``cpus`` where that is given, else what `cpus_per_worker` says.
+
+    ``found``: none where everything is given and the cluster may still grow: an autoscaler starts machines for workers.
 
     Raises:
         UsageError: the fewest workers do not fit.
     """
+    if found is None:
+        assert cpus is not None, "nothing says how many CPUs a worker gets"
+        return cpus
     least, most = workers
     each = cpus_per_worker(found, most, gpu=gpu) if cpus is None else cpus
     if room(found, cpus or 1, gpu=gpu) < least:

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
+import math
 import re
 import statistics
 from pathlib import Path
 from typing import Any
 
 from pipeline.backbone import create_classifier, default_normalisation
+from pipeline.data import store
 from pipeline.data.annotations import Annotations
 from pipeline.data.decode import ImageError
 from pipeline.data.images import Images
 from pipeline.data.packed import PackedStrings, packed_numbers
 from pipeline.data.splits import Split, read_split
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, WorkError
 from pipeline.settings import configure
 from pipeline.training import TrainingPlan, build
 from pipeline.validation import NEED_BOXES, NEED_MASKS
+from pipeline.weights import is_weight_file, read_state_dict
 
 LARGEST_DEFAULT = 224
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -31,6 +35,7 @@ def plan_training(arguments: argparse.Namespace) -> TrainingPlan:
     Raises:
         UsageError: what is wrong, where, and what to do.
     """
+    check_ranges(arguments)
     settings = [*arguments.set]
     if arguments.size_target is not None:
         settings.append(f"price.target={arguments.size_target}")
@@ -99,6 +104,21 @@ def plan_training(arguments: argparse.Namespace) -> TrainingPlan:
     return plan
 
 
+def check_ranges(arguments: argparse.Namespace) -> None:
+    """Refuse numbers that no run can have.
+
+    Raises:
+        UsageError: which one.
+    """
+    least = {"steps": 1, "batch_size": 1, "seed": 0, "per_class": 1, "image_size": 8, "cpus_per_worker": 1}
+    for name, smallest in least.items():
+        value = getattr(arguments, name)
+        if value is not None and value < smallest:
+            raise UsageError(f"--{name.replace('_', '-')} {value}: give a number of at least {smallest}")
+    if not (math.isfinite(arguments.epochs) and arguments.epochs > 0):
+        raise UsageError(f"--epochs {arguments.epochs:g}: give a number above 0")
+
+
 def validation_interval(arguments: argparse.Namespace, split: Split, batch: int) -> tuple[float | None, int | None]:
     """Seconds or steps between validations; none of both where none is asked for.
 
@@ -113,10 +133,12 @@ def validation_interval(arguments: argparse.Namespace, split: Split, batch: int)
         raise UsageError(f"--validation-images {arguments.validation_images}: give a number of at least 1")
     by_epoch = arguments.validate_every == "epoch"
     seconds = None if by_epoch else parse_time(arguments.validate_every, "--validate-every")
-    read_split(split.root, "val", classes=split.classes)
+    shown = read_split(split.root, "val", classes=split.classes)
     known = Annotations.of(split.root)
-    if arguments.select in NEED_BOXES and not known.box_table:
-        raise UsageError(f"--select {arguments.select}: {split.root} has no boxes.csv; add it, or select by top1")
+    if arguments.select in NEED_BOXES and not any(path in known.box_table for path in shown.paths):
+        raise UsageError(
+            f"--select {arguments.select}: {split.root} has no boxes.csv with pictures of val; add it, or select by top1"
+        )
     if arguments.select in NEED_MASKS and (known.mask_folder is None or not known.mask_folder.is_dir()):
         raise UsageError(f"--select {arguments.select}: {split.root} has no folder masks/; add it, or select by top1")
     return seconds, max(1, round(len(split.paths) / batch)) if by_epoch else None
@@ -180,15 +202,15 @@ def normalisation(
 
 
 def resolve_weights(weights: str | None) -> str | None:
-    """A file's absolute path, or the name of hub weights as it is."""
+    """A file's absolute path; a URI, or the name of hub weights, as it is."""
+    if weights and "://" in weights:
+        return store.place_of(weights)
     return str(Path(weights).resolve()) if weights and Path(weights).exists() else weights
 
 
 def head_size(source: str, name: str, init_arguments: dict[str, Any], weights: str | None) -> int:
     """Number of outputs of the classifier that ``weights`` belong to; 1000 where nothing tells."""
-    if weights and Path(weights).is_file():
-        from pipeline.backbone import read_state_dict
-
+    if weights and is_weight_file(weights):
         state = read_state_dict(weights)
         classifier = create_classifier(source, name, outputs=1000, arguments=init_arguments)
         matrices = [
@@ -208,9 +230,9 @@ def read_class_map(path: str, folders: list[str]) -> dict[str, int]:
         UsageError: unreadable, a row without a number, or a folder without a row.
     """
     try:
-        with Path(path).open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        text = store.read_bytes(store.place_of(path)).decode("utf-8-sig")
+        rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    except (store.ReadError, WorkError, UnicodeDecodeError, csv.Error) as error:
         raise UsageError(
             f"--class-map {path}: cannot be read ({error}); give a CSV with the columns folder,index"
         ) from error
@@ -235,12 +257,12 @@ def read_class_names(path: str) -> list[str]:
         UsageError: unreadable, or an index is missing.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = store.read_bytes(store.place_of(path)).decode("utf-8-sig")
         values = json.loads(text) if Path(path).suffix == ".json" else text.splitlines()
         if isinstance(values, dict):
             values = [values[str(k)] for k in range(len(values))]
         names = [value["name"] if isinstance(value, dict) else str(value) for value in values]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (store.ReadError, WorkError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
             f"--class-names {path}: not a list of names ({error!r}); give JSON or one name a line"
         ) from error

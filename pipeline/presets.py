@@ -170,7 +170,7 @@ def _paper(name: str, *, joint: bool) -> Preset:
         population=PopulationConfig(probability=0.5, save_every=100, size=30) if joint else None,
         layers=(3, 4),
         pretraining=0.0,
-        augmentation=Augmentation(smallest_area=0.08, aspect=4 / 3),
+        augmentation=Augmentation(smallest_area=0.08, aspect=4 / 3, absolute=True),
         optimisation=Optimisation(
             masker_rate=1e-3, classifier_method="sgd", classifier_rate=1e-3, scratch_rate=1e-3, decay="steps"
         ),

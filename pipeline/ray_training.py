@@ -8,9 +8,9 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,11 @@ from pipeline.data import store
 from pipeline.errors import UsageError, WorkError
 from pipeline.placement import machines, place
 from pipeline.reservation import Reservation
-from pipeline.run_folder import claim_run, open_storage, publish, upload
+from pipeline.run_folder import claim_run, keep_weights, open_storage, publish, upload
 from pipeline.time_left import TimeLeft
 from pipeline.training import TrainingPlan
 from pipeline.validation import LEAST, LOWER_IS_BETTER, SCORE, collect, record_of, validate
+from pipeline.weights import is_weight_file
 
 STORAGE_NAME = "checkpoints"
 PATIENCE = 3600.0
@@ -95,6 +96,9 @@ class RayReporter:
         numbers = {key: value for key, value in row.items() if isinstance(value, int | float)} | {SCORE: LEAST}
         if validate:
             self.asked = (row["step"], time.monotonic())
+            if ray.train.get_context().get_world_rank() == 0:
+                # Of the same step before a restart: it would say that this validation has ended.
+                store.delete(record_of(str(self.run), row["step"]))
         with tempfile.TemporaryDirectory() as folder:
             checkpoint = None
             if ray.train.get_context().get_world_rank() == 0:
@@ -115,6 +119,7 @@ def worker(config: dict[str, Any]) -> None:
 
     from pipeline import training
 
+    quiet()
     run = config["run"]
     plan = TrainingPlan.of({name: value for name, value in config.items() if name != "run"})
     device = "cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu"
@@ -165,18 +170,24 @@ def fit(
     if "://" not in out:
         out = str(Path(out).resolve())  # workers have working directories of their own
     filesystem, root = open_storage(out)
-    claim_run(filesystem, root, asdict(plan))
-    mended = mend_index(filesystem, f"{root}/{STORAGE_NAME}")
-    if mended is not None:
-        print(mended, flush=True)
-    failures.forget(out)
+    known_as = plan.weights
+    with answering_store(out):
+        if plan.weights is not None and is_weight_file(plan.weights):
+            kept, known_as = keep_weights(plan.weights, filesystem, root, out)
+            plan = replace(plan, weights=kept)
+        claim_run(filesystem, root, asdict(plan) | {"weights": known_as})
+        mended = mend_index(filesystem, f"{root}/{STORAGE_NAME}")
+        if mended is not None:
+            print(mended, flush=True)
+        failures.forget(out)
     if not ray.is_initialized():
         join_cluster()
     resources = ray.cluster_resources()
     use_gpu = gpu == "yes" or (gpu == "auto" and resources.get("GPU", 0) >= 1)
     most = workers if isinstance(workers, int) else workers[1]
     least = workers if isinstance(workers, int) else workers[0]
-    cpus = place(machines(), (least, most), gpu=use_gpu, cpus=cpus_per_worker)
+    found = None if cpus_per_worker is not None and gpu != "auto" else machines()
+    cpus = place(found, (least, most), gpu=use_gpu, cpus=cpus_per_worker)
     fields = asdict(plan) | {"threads": cpus, "run": out}
     spare = int(resources.get("CPU", 1)) - most * cpus
     validation = ValidationConfig(
@@ -230,15 +241,31 @@ def fit(
         )
     if result.checkpoint is None:
         raise WorkError(f"training in {out} ended without a checkpoint; see the workers' messages above")
-    chosen = result.checkpoint if select is None else best_of(result.best_checkpoints or [], select, out)
-    with chosen.as_directory() as folder:
-        if not (Path(folder) / "bundle").is_dir():
-            raise WorkError(f"the last checkpoint in {out} holds no bundle; run the same command again")
-        publish(Path(folder), plan, filesystem, root)
-    with result.checkpoint.as_directory() as folder:
-        upload(Path(folder) / "log.csv", filesystem, f"{root}/log.csv")
-    collect(out)
+    with answering_store(out):
+        with result.checkpoint.as_directory() as folder:
+            upload(Path(folder) / "log.csv", filesystem, f"{root}/log.csv")
+        collect(out)
+        chosen = result.checkpoint if select is None else best_of(result.best_checkpoints or [], select, out)
+        with chosen.as_directory() as folder:
+            if not (Path(folder) / "bundle").is_dir():
+                raise WorkError(f"the last checkpoint in {out} holds no bundle; run the same command again")
+            publish(Path(folder), plan, filesystem, root)
     return f"{out.rstrip('/')}/bundle"
+
+
+@contextlib.contextmanager
+def answering_store(out: str) -> Iterator[None]:
+    """Where the run's storage is read or written.
+
+    Raises:
+        WorkError: it does not answer.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise WorkError(
+            f"--out {out}: the storage failed ({' '.join(str(error).split())[:200]}); the same command goes on from the last checkpoint"
+        ) from error
 
 
 def run_to_end(trainer: TorchTrainer) -> ray.train.Result:

@@ -45,7 +45,8 @@ def parser() -> Parser:
     p.add_argument(
         "--weights",
         metavar="FILE",
-        help="state dict, or the name of hub weights such as DEFAULT; without it the classifier is trained from random weights first",
+        help="state dict (a file or a URI), or the name of hub weights such as DEFAULT; without it the classifier is trained "
+        "from random weights first",
     )
     p.add_argument("--mean", metavar="R,G,B", help="input mean on the scale 0..1 (default: the model's own)")
     p.add_argument(
@@ -116,7 +117,8 @@ def parser() -> Parser:
         "--cpus-per-worker",
         type=int,
         metavar="N",
-        help="CPUs of each worker (default: as many as let all fit on the machines that are there at the start)",
+        help="CPUs of each worker (default: as many as let all fit on the machines that are there at the start); with --gpu "
+        "yes or no, too, the machines may still have to be started by an autoscaler",
     )
     p.add_argument(
         "--gpu",
@@ -182,8 +184,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     from pipeline.planning import plan_training
 
     workers = parse_workers(arguments.workers)
-    if arguments.cpus_per_worker is not None and arguments.cpus_per_worker < 1:
-        raise UsageError(f"--cpus-per-worker {arguments.cpus_per_worker}: a worker needs at least 1")
     plan = plan_training(arguments)
     most = workers if isinstance(workers, int) else workers[1]
     if most > plan.batch_size:

@@ -18,10 +18,7 @@ from pipeline import checkpoint, collective
 from pipeline.backbone import (
     choose_taps,
     create_classifier,
-    hub_weights,
-    load_weights,
     pyramid,
-    read_state_dict,
     tap_classifier,
 )
 from pipeline.batchnorm import SyncedBatchNorm2d, synchronise
@@ -41,9 +38,13 @@ from pipeline.settings import configure, describe
 from pipeline.snapshots import Snapshots
 from pipeline.spec import BackboneSpec, ModelSpec
 from pipeline.step import Batch, JointStep
+from pipeline.step_log import StepLog
 from pipeline.validation_schedule import ValidationSchedule
+from pipeline.weights import load_weights, weights_of
 
 SAMPLES = 256
+FIRST_CHECKPOINT = 10.0
+"""Seconds of a new run to its first checkpoint at the latest, so that a run that is stopped early has one."""
 NOTICE_SECONDS = 5.0
 """Seconds between two looks at whether a machine is about to be taken away; Ray looks as often."""
 
@@ -66,7 +67,7 @@ class TrainingPlan:
     name: str
     arguments: dict[str, Any] = field(default_factory=dict)
     weights: str | None = None
-    """File of a state dict, name of hub weights, or none for random weights."""
+    """File or URI of a state dict, name of hub weights, or none for random weights."""
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     batchnorm: str
@@ -115,8 +116,7 @@ def build(plan: TrainingPlan) -> tuple[SaliencyModel, ModelSpec, bool]:
     classifier = create_classifier(plan.source, plan.name, outputs=len(plan.class_names), arguments=plan.arguments)
     untrained = plan.weights is None
     if plan.weights is not None:
-        is_file = Path(plan.weights).suffix in (".safetensors", ".pt", ".pth", ".bin") or Path(plan.weights).exists()
-        state = read_state_dict(plan.weights) if is_file else hub_weights(plan.source, plan.name, plan.weights)
+        state = weights_of(plan.source, plan.name, plan.weights)
         fresh = load_weights(classifier, state, where=f"--weights {plan.weights}")
         untrained = bool(fresh)
         if preset.classifier == "frozen":  # all of it but a head that the weights do not fit
@@ -191,9 +191,9 @@ def train(plan: TrainingPlan, reporter: Reporter, *, resume: Path | None = None,
         cache=CleanCache(preset.augmentation.views * len(plan.paths)) if preset.augmentation.views else None,
     )
     snapshots = Snapshots(reporter.run) if reporter.run is not None else None
-    first, spent, rows = 0, 0.0, []
+    first, spent, log = 0, 0.0, StepLog()
     if resume is not None:
-        first, spent, rows = checkpoint.restore(resume, model, step_of, population, snapshots)
+        first, spent = checkpoint.restore(resume, model, step_of, population, snapshots, log)
     pretraining = preset.pretraining if untrained else 0.0
 
     def provenance(row: dict[str, Any]) -> dict[str, Any]:
@@ -224,8 +224,9 @@ def train(plan: TrainingPlan, reporter: Reporter, *, resume: Path | None = None,
         threads=max(2, plan.threads),
     )
     started = time.monotonic()
-    # Time of the last checkpoint, on the clock that all workers agree on.
-    seconds = saved = asked_leaving = spent
+    # Times on the clock that all workers agree on.
+    seconds = asked_leaving = spent
+    save_at = spent + (plan.checkpoint_seconds if resume else min(FIRST_CHECKPOINT, plan.checkpoint_seconds))
     schedule = ValidationSchedule(seconds=plan.validate_seconds, steps=plan.validate_steps, step=first, spent=spent)
     warned = False
     row: dict[str, Any] = {"step": first, "course": _course(plan, first, spent)}
@@ -251,7 +252,8 @@ def train(plan: TrainingPlan, reporter: Reporter, *, resume: Path | None = None,
             seconds, leaving = _agreed(spent + now - started, ask and reporter.leaving())
             row = {"step": step + 1, "phase": phase, "course": _course(plan, step + 1, seconds), "seconds": seconds}
             row |= logs | {"waiting": waited / max(now - asked, 1e-9)}
-            rows.append(row)
+            if collective.rank() == 0:  # who writes the checkpoints
+                log.add(row)
             reporter.progress(row)
             if row["course"] >= 1:
                 break
@@ -260,11 +262,11 @@ def train(plan: TrainingPlan, reporter: Reporter, *, resume: Path | None = None,
                 validate = _agreed(0.0, collective.rank() == 0 and reporter.ready())[1]
                 (schedule.asked if validate else schedule.later)(step + 1, seconds)
             # A machine that is about to go gets one checkpoint more, and the run goes on elsewhere from there.
-            if seconds - saved >= plan.checkpoint_seconds or validate or (leaving and not warned):
-                saved, warned = seconds, warned or leaving
+            if seconds >= save_at or validate or (leaving and not warned):
+                save_at, warned = seconds + plan.checkpoint_seconds, warned or leaving
 
                 def write(folder: Path, row: dict[str, Any] = row, whole: bool = validate) -> None:
-                    checkpoint.save(folder, row, rows, model, step_of, population, snapshots)
+                    checkpoint.save(folder, row, log, model, step_of, population, snapshots)
                     if whole:
                         save_bundle(folder / "bundle", model, spec.model_copy(update={"training": provenance(row)}))
 
@@ -273,7 +275,7 @@ def train(plan: TrainingPlan, reporter: Reporter, *, resume: Path | None = None,
         stream.close()
 
     def finish(folder: Path) -> None:
-        checkpoint.save(folder, row, rows, model, step_of, population, snapshots)
+        checkpoint.save(folder, row, log, model, step_of, population, snapshots)
         save_bundle(folder / "bundle", model, spec.model_copy(update={"training": provenance(row)}))
         complete_bundle(folder / "bundle", plan, device=device)
 

@@ -16,6 +16,8 @@ from pipeline.data.decode import ImageError
 from pipeline.data.geometry import Geometry, fit
 from pipeline.data.images import ROW_GROUPS, Images, row_of
 
+ATTEMPTS = 10
+"""Crops that are drawn for one that lies within the picture, as torchvision does."""
 WINDOW = ROW_GROUPS - 2
 """Blocks whose images are shuffled together: fewer than are kept in memory, since batches are read ahead."""
 
@@ -28,6 +30,8 @@ class Augmentation:
     """Least share of the picture that a crop keeps."""
     aspect: float = 4 / 3
     """Crops are at most this much wider or taller than the picture's own shape."""
+    absolute: bool = False
+    """`aspect` is that of the crop itself, whatever the picture's shape, as in the paper (torchvision's RandomResizedCrop)."""
     mirror: bool = True
 
     @property
@@ -42,15 +46,26 @@ def random_view(
 ) -> tuple[np.ndarray, bool]:
     """A random crop of ``image`` (H, W, 3) uint8, resized to (size, size, 3), and whether it is mirrored."""
     height, width = image.shape[:2]
-    area = random.uniform(augmentation.smallest_area, 1.0)
-    aspect = np.exp(random.uniform(-np.log(augmentation.aspect), np.log(augmentation.aspect)))
-    w = min(1.0, np.sqrt(area * aspect)) * width
-    h = min(1.0, np.sqrt(area / aspect)) * height
+    w, h = _crop(height, width, augmentation, random)
     x0, y0 = random.uniform(0, width - w), random.uniform(0, height - h)
     box = (x0, y0, x0 + w, y0 + h)
     view = np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR, box=box))
     mirrored = augmentation.mirror and random.random() < 0.5
     return (view[:, ::-1] if mirrored else view), mirrored
+
+
+def _crop(height: int, width: int, augmentation: Augmentation, random: np.random.Generator) -> tuple[float, float]:
+    """Width and height in pixels of a crop of a picture of (height, width)."""
+    widest = np.log(augmentation.aspect)
+    for _ in range(ATTEMPTS):
+        area = random.uniform(augmentation.smallest_area, 1.0)
+        aspect = np.exp(random.uniform(-widest, widest)) * (height / width if augmentation.absolute else 1.0)
+        w, h = np.sqrt(area * aspect), np.sqrt(area / aspect)
+        if not augmentation.absolute or (w <= 1 and h <= 1):
+            return min(1.0, w) * width, min(1.0, h) * height
+    # None fitted: as much as there is of the allowed shapes.
+    shape = min(max(width / height, np.exp(-widest)), np.exp(widest))
+    return min(width, height * shape), min(height, width / shape)
 
 
 def epoch_order(images: int, *, seed: int, epoch: int, blocks: np.ndarray | None = None) -> np.ndarray:

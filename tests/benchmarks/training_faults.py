@@ -4,15 +4,17 @@
 
 Both runs train `ca` with two workers on the planted-evidence set, one node each.  The disturbed one loses a worker or its
 driver at random moments, and once a node, so that it goes on with one worker until the node is back.  Every step is in the
-log once; the losses are those of the undisturbed run but for the order of sums over the workers, which one worker takes
-otherwise than two.  Exits 1 when a step is missing or twice, when fewer kills happened than were asked for, or when none of
-them hit a driver or none a worker.
+log once, and none that was in a checkpoint is taken again.  The losses are those of the undisturbed run but for the order
+of sums over the workers, which one worker takes otherwise than two.  Exits 1 when a step is missing, twice or taken again,
+when the losses differ before the node goes or drift apart after it, when fewer kills happened than were asked for, or when
+none of them hit a driver or none a worker.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import json
 import os
 import random
 import signal
@@ -26,12 +28,19 @@ from typing import Any
 import numpy as np
 
 from pipeline.bundle import load_bundle
+from pipeline.checkpoint_index import INDEX_FILE
 from pipeline.data.planted import write_planted
 from tests.benchmarks.nodes import Nodes, run_measured
 
 KILLS = ("driver", "worker")
 DRIVERS = 0.15
 """Share of the kills that hit the driver; one at least."""
+SAME = 1e-4
+"""Most that the loss of a step may differ while the same workers take the same steps."""
+WINDOW = 20
+"""Steps over which the difference of the two losses is averaged."""
+CLOSE = 0.1
+"""Most that the averaged losses may differ, once another number of workers has summed in another order."""
 
 
 def main() -> None:
@@ -46,7 +55,10 @@ def main() -> None:
     result = run_measured(parser.parse_args(), measure)
     of_each_kind = all(result["events"].get(kind) for kind in KILLS)
     as_asked = result["kills"] == result["kills_asked"] and of_each_kind and result["resized"]
-    sys.exit(0 if result["every_step_once"] and as_asked else 1)
+    before, after = result["largest_gap_before_the_resize"], result["largest_smoothed_gap"]
+    lies_on_it = before is not None and before <= SAME and after <= CLOSE
+    resumed = result["every_step_once"] and result["no_step_taken_again"]
+    sys.exit(0 if resumed and as_asked and lies_on_it else 1)
 
 
 def measure(flags: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -57,19 +69,22 @@ def measure(flags: argparse.Namespace, folder: Path) -> dict[str, Any]:
         job = start(flags, data, folder / "whole", nodes)
         assert job.wait() == 0, "the undisturbed run failed"
         undisturbed = time.time() - started
-        events, starts = disturb(flags, data, folder / "out", nodes)
+        events, kept, starts = disturb(flags, data, folder / "out", nodes)
     one, two = read_log(folder / "whole"), read_log(folder / "out")
     a, b = load_bundle(folder / "whole" / "bundle"), load_bundle(folder / "out" / "bundle")
+    final = (folder / "out" / "log.csv").read_text().splitlines()
     weights = [
         float((value.double() - b.model.state_dict()[name].double()).abs().max())
         for name, value in a.model.state_dict().items()
     ]
-    gap = np.abs(np.array([one[s]["clean_loss"] for s in sorted(one)]) - [two[s]["clean_loss"] for s in sorted(two)])
+    difference = np.array([one[s]["clean_loss"] for s in sorted(one)]) - [two[s]["clean_loss"] for s in sorted(two)]
+    gap, smoothed = np.abs(difference), np.convolve(difference, np.full(WINDOW, 1 / WINDOW), "valid")
     if flags.plot:
         plot(one, two, events, flags.plot)
     return {
         "steps": flags.steps,
         "every_step_once": sorted(two) == list(range(1, flags.steps + 1)) == sorted(one),
+        "no_step_taken_again": all(final[: len(lines)] == lines for lines in kept),
         "events": dict(Counter(kind for _, kind in events)),
         "kills": sum(kind in KILLS for _, kind in events),
         "kills_asked": flags.kills,
@@ -77,6 +92,8 @@ def measure(flags: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "starts_of_the_command": starts,
         "largest_gap_of_clean_loss": float(gap.max()),
         "largest_gap_before_the_resize": float(gap[: first_resize(events)].max()) if first_resize(events) else None,
+        "largest_smoothed_gap": float(np.abs(smoothed).max()),
+        "loss_at_the_start": one[1]["clean_loss"],
         "largest_gap_of_weights": max(weights),
         "seconds_undisturbed": round(undisturbed, 1),
         "seconds_disturbed": round(time.time() - started - undisturbed, 1),
@@ -91,16 +108,20 @@ def start(flags: argparse.Namespace, data: Path, out: Path, nodes: Nodes) -> sub
     return subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
 
 
-def disturb(flags: argparse.Namespace, data: Path, out: Path, nodes: Nodes) -> tuple[list[tuple[int, str]], int]:
+def disturb(
+    flags: argparse.Namespace, data: Path, out: Path, nodes: Nodes
+) -> tuple[list[tuple[int, str]], list[list[str]], int]:
     """Run until the end, killing something at random moments.
 
-    Returns what happened, each time with the step of the newest checkpoint, and how often the command was started.
+    Returns what happened, each time with the step of the newest checkpoint; the log that the run had to go on from, each
+    time; and how often the command was started.
     """
     chance = random.Random(flags.seed)
     drivers = max(1, round(DRIVERS * flags.kills))
     kinds = ["driver"] * drivers + ["worker"] * (flags.kills - drivers)
     chance.shuffle(kinds)
     events: list[tuple[int, str]] = []
+    kept: list[list[str]] = []
     starts = 0
     resize_at, back_at = flags.steps // 3, flags.steps // 2
     shrunk = grown = False
@@ -135,9 +156,10 @@ def disturb(flags: argparse.Namespace, data: Path, out: Path, nodes: Nodes) -> t
                     continue
             else:
                 continue
+            kept.append(committed(out))
             print(f"{len(events)}: {events[-1][1]} at step {step}", file=sys.stderr, flush=True)
         if job.returncode == 0:
-            return events, starts
+            return events, kept, starts
         if job.returncode == 2:
             raise RuntimeError("the command was refused; see its message above")
         time.sleep(1)
@@ -152,6 +174,16 @@ def newest(out: Path) -> int:
         except OSError:
             continue
     return max(steps)
+
+
+def committed(out: Path) -> list[str]:
+    """The log of the checkpoint that Ray lists as the latest; empty while the list is being written."""
+    try:
+        index = json.loads((out / "checkpoints" / INDEX_FILE).read_text())
+        name = index["latest_checkpoint_result"]["checkpoint_dir_name"]
+        return (out / "checkpoints" / name / "log.csv").read_text().splitlines()
+    except (OSError, ValueError, TypeError):
+        return []
 
 
 def first_resize(events: list[tuple[int, str]]) -> int | None:

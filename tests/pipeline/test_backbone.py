@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from pipeline.backbone import (
     choose_taps,
     create_classifier,
     default_layers,
-    load_weights,
     pyramid,
-    read_state_dict,
     tap_classifier,
 )
 from pipeline.errors import UsageError
@@ -80,27 +75,3 @@ def test_wrong_names_and_layers_are_one_line() -> None:
     classifier = create_classifier("torchvision", "resnet18", outputs=10, arguments={})
     with pytest.raises(UsageError, match="--layers 7"):
         choose_taps(pyramid("torchvision", classifier, 64), (7,))
-
-
-def test_state_dicts(tmp_path: Path) -> None:
-    source = create_classifier("torchvision", "resnet18", outputs=10, arguments={})
-    save_file(source.state_dict(), tmp_path / "w.safetensors")
-    torch.save({"state_dict": {f"module.{k}": v for k, v in source.state_dict().items()}}, tmp_path / "w.pt")
-    for name in ("w.safetensors", "w.pt"):
-        other = create_classifier("torchvision", "resnet18", outputs=10, arguments={})
-        assert load_weights(other, read_state_dict(tmp_path / name), where=name) == []
-        assert torch.equal(other.state_dict()["fc.weight"], source.state_dict()["fc.weight"])
-    smaller = create_classifier("torchvision", "resnet18", outputs=5, arguments={})
-    assert load_weights(smaller, source.state_dict(), where="w") == ["fc.weight", "fc.bias"]
-    with pytest.raises(UsageError, match=r"lacks|unknown|misfits"):
-        load_weights(
-            create_classifier("torchvision", "resnet34", outputs=10, arguments={}), source.state_dict(), where="w"
-        )
-    (tmp_path / "bad.safetensors").write_bytes(b"nonsense")
-    with pytest.raises(UsageError, match="not a readable state dict"):
-        read_state_dict(tmp_path / "bad.safetensors")
-    with pytest.raises(UsageError, match="no such file"):
-        read_state_dict(tmp_path / "none.pt")
-    torch.save({"a": 1}, tmp_path / "odd.pt")
-    with pytest.raises(UsageError, match="no state dict"):
-        read_state_dict(tmp_path / "odd.pt")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.data.batches import Augmentation, TrainingBatches, step_indices
+from pipeline.data.batches import Augmentation, TrainingBatches, random_view, step_indices
 from pipeline.data.decode import ImageError
 
 
@@ -69,3 +69,28 @@ def test_a_damaged_image_ends_the_run_with_its_name(folder: Path) -> None:
     (folder / "4.png").write_bytes(b"not an image")
     with pytest.raises(ImageError, match=r"4\.png"):
         list(islice(batches(folder).iterate(0), 3))
+
+
+@pytest.mark.parametrize(("width", "height"), [(200, 100), (100, 100), (90, 160), (400, 50)])
+def test_the_papers_crops_have_a_shape_of_their_own(width: int, height: int) -> None:
+    """As torchvision's RandomResizedCrop: 3:4 to 4:3 whatever the picture's shape, 8 to 100 % of it."""
+    rows, columns = np.mgrid[:height, :width]
+    picture = np.stack([columns * 255 / (width - 1), rows * 255 / (height - 1), 0 * rows], axis=2).astype(np.uint8)
+    random = np.random.default_rng(0)
+    absolute = Augmentation(smallest_area=0.08, aspect=4 / 3, absolute=True, mirror=False)
+    shapes, areas = [], []
+    for _ in range(200):
+        view = random_view(picture, 64, absolute, random)[0].astype(float)
+        spans = [np.ptp(view[..., 0]) / 255 * width * 64 / 63, np.ptp(view[..., 1]) / 255 * height * 64 / 63]
+        shapes.append(spans[0] / spans[1])
+        areas.append(spans[0] * spans[1] / (width * height))
+    assert 0.72 < min(shapes) < max(shapes) < 1.4
+    assert min(areas) > 0.06
+    if width / height < 4:  # of which no crop of 4:3 is larger than a sixth
+        assert max(areas) > 0.6 * min(1.0, 4 / 3 * height / width, 4 / 3 * width / height)
+    relative = [
+        random_view(picture, 64, Augmentation(smallest_area=0.08, mirror=False), random)[0].astype(float)
+        for _ in range(50)
+    ]
+    spans = [(np.ptp(view[..., 0]) * width, np.ptp(view[..., 1]) * height) for view in relative]
+    assert width == height or any(not 0.72 < w / h < 1.4 for w, h in spans), "of the picture's shape otherwise"

@@ -90,3 +90,15 @@ def test_a_checkpoint_without_its_snapshots_is_not_chosen(run: Path) -> None:
     (run.parent / "population" / f"{29:09d}.pt").unlink()
     (run / INDEX_FILE).write_text("{")
     assert "going on from checkpoint_2, step 20" in str(mend_index(FILES, str(run)))
+
+
+def test_a_store_that_does_not_answer_says_nothing_of_a_checkpoint(run: Path, monkeypatch) -> None:
+    (run / INDEX_FILE).write_text("{")
+
+    def away(*_: object, **__: object) -> None:
+        raise OSError("AWS Error SLOW_DOWN")
+
+    monkeypatch.setattr(pyarrow.fs, "copy_files", away)
+    with pytest.raises(OSError, match="SLOW_DOWN"):
+        mend_index(FILES, str(run))
+    assert (run / INDEX_FILE).read_text() == "{", "not a run that begins anew"

@@ -42,7 +42,7 @@ def test_a_classifier_that_learns_is_always_asked() -> None:
     assert cache.find(range(6)) is None
 
 
-def test_what_is_too_large_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_too_large_is_not_kept(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(clean_cache, "MOST_BYTES", 1000)
     logits, features = torch.zeros(2, 10), {3: torch.zeros(2, 4, 4, 4)}  # 296 bytes a view
     small, large = CleanCache(3), CleanCache(4)
@@ -50,6 +50,7 @@ def test_what_is_too_large_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         cache.keep((0, 1), logits, features)
     assert small.find((1, 0)) is not None and small.find((0, 2)) is None
     assert large.find((0, 1)) is None
+    assert capsys.readouterr().out.startswith("the classifier's answers to 4 views take 0.0 GiB")
 
 
 def test_views_tell_pictures_apart(tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ def test_a_note_that_cannot_be_written_hides_no_error(tmp_path: Path, capsys: py
         DistBackendError("remote process exited"),
         ConnectionResetError(104, "Connection reset by peer"),
         StoreError("s3://bucket/data: not reached"),
+        OSError("When initiating multiple part upload for key 'x': AWS Error NETWORK_CONNECTION during PutObject"),
     ],
 )
 def test_losing_another_worker_is_no_fault(tmp_path: Path, error: Exception) -> None:
@@ -71,3 +72,9 @@ def test_running_the_command_again_forgets(tmp_path: Path) -> None:
         failures.record(str(tmp_path), 0, 0, OSError("lost"))
     failures.forget(str(tmp_path))
     assert failures.lasting(str(tmp_path), 0) is None
+
+
+def test_a_store_that_refuses_is_a_fault_that_stays(tmp_path: Path) -> None:
+    for _ in range(failures.MOST):
+        failures.record(str(tmp_path), 0, 0, OSError("When writing key 'x': AWS Error ACCESS_DENIED during PutObject"))
+    assert failures.lasting(str(tmp_path), 0) is not None

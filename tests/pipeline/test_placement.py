@@ -39,6 +39,7 @@ def test_asked_for_cpus_are_taken_or_refused() -> None:
         place(two, (3, 8), gpu=False, cpus=8)
     with pytest.raises(UsageError, match="the cluster has 16 CPUs and 0 GPUs, each worker needs one"):
         place(two, (1, 8), gpu=True)
+    assert place(None, (2, 8), gpu=True, cpus=8) == 8, "machines that an autoscaler has not started yet"
 
 
 def test_room() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torchvision.models import resnet18
 
+from pipeline.data.batches import Augmentation
 from pipeline.data.planted import write_planted
 from pipeline.errors import UsageError
 from pipeline.planning import plan_training
@@ -42,6 +43,10 @@ def test_every_constant_of_the_paper() -> None:
         assert preset.mask_in is not None and preset.mask_out is not None
         assert (preset.mask_in.lambda_area, preset.mask_out.lambda_area) == (1.0, area)
         assert (preset.mask_in.lambda_tv, preset.mask_out.lambda_tv) == (0.001, 0.001)
+        assert (preset.mask_in.objective, preset.mask_out.objective) == ("classification", "entropy")
+        assert (preset.mask_in.direction, preset.mask_out.direction) == ("maximize", "maximize")
+        assert not preset.relative_units and preset.price.rule == "fixed" and preset.pretraining == 0
+        assert preset.augmentation == Augmentation(smallest_area=0.08, aspect=4 / 3, absolute=True, mirror=True)
         drawn = preset.population
         assert (drawn and (drawn.probability, drawn.save_every, drawn.size)) == population
 

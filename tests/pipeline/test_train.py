@@ -51,6 +51,13 @@ def train(*arguments: object, **environment: str) -> subprocess.CompletedProcess
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
 
 
+def committed(out: Path) -> list[str]:
+    """The log of the checkpoint that the next start of the run in ``out`` goes on from."""
+    index = json.loads((out / "checkpoints" / "checkpoint_manager_snapshot.json").read_text())
+    name = index["latest_checkpoint_result"]["checkpoint_dir_name"]
+    return (out / "checkpoints" / name / "log.csv").read_text().splitlines()
+
+
 def train_here(folder: Path, *arguments: object) -> tuple[TrainingPlan, list[str]]:
     """What a worker of the command does, in this process; returns its plan and the phase of each step."""
     plan = replace(plan_training(parser().parse_args([str(word) for word in arguments])), threads=1)
@@ -84,9 +91,8 @@ def test_trains_from_s3_to_s3_and_resumes(data: Path, tmp_path: Path) -> None:
         # One checkpoint in each run: the server keeps all that it gets in this process's memory.
         arguments = ("--preset", "fix", "--data", "s3://trainings/set", "--out", out, *SMALL)
 
-        def steps() -> list[int]:
-            text = store.read_bytes(f"{out}/log.csv").decode()
-            return [int(row["step"]) for row in csv.DictReader(text.splitlines())]
+        def log() -> list[str]:
+            return store.read_bytes(f"{out}/log.csv").decode().splitlines()
 
         first = train(*arguments, "--steps", 6, **settings)
         assert first.returncode == 0, first.stderr[-2000:]
@@ -95,12 +101,14 @@ def test_trains_from_s3_to_s3_and_resumes(data: Path, tmp_path: Path) -> None:
         assert bundle.spec.preset == "fix" and bundle.spec.training["steps"] == 6
         assert bundle.samples is not None and bundle.samples.shape == (40, 32, 32, 3)
         assert set(bundle.spec.mask_statistics) == {"area", "entropy", "off_centre"}
+        before = log()
         index = f"{out}/checkpoints/checkpoint_manager_snapshot.json"
         store.write_bytes(index, store.read_bytes(index)[:100])  # what a driver that is killed while it writes leaves
         again = train(*arguments, "--steps", 9, **settings)
         assert again.returncode == 0, again.stderr[-2000:]
         assert "was torn; going on from checkpoint_" in again.stdout and "step 6" in again.stdout
-        assert steps() == list(range(1, 10)), "the second run went on where the first one ended"
+        assert [int(row["step"]) for row in csv.DictReader(log())] == list(range(1, 10))
+        assert log()[:7] == before, "the second run went on where the first one ended, and took none of its steps again"
         with pytest.raises(UsageError, match="another seed"):
             main([str(word) for word in (*arguments, "--steps", 9, "--seed", 5)])
 
@@ -163,6 +171,12 @@ def test_without_a_class_map_a_frozen_classifier_gets_a_new_head_and_nothing_els
         (("--class-map", "nothing.csv"), "nothing.csv"),
         (("--preset", "best"), "--preset"),
         (("--init-arg", "pad"), "--init-arg pad"),
+        (("--steps", "-5"), "--steps -5: give a number of at least 1"),
+        (("--batch-size", "0"), "--batch-size 0: give"),
+        (("--epochs", "nan"), "--epochs nan: give"),
+        (("--seed", "-1"), "--seed -1: give"),
+        (("--per-class", "0"), "--per-class 0: give"),
+        (("--cpus-per-worker", "0"), "--cpus-per-worker 0: give"),
     ],
 )
 def test_wrong_use_is_one_line_and_status_2(
@@ -189,6 +203,17 @@ def test_wrong_use_is_one_line_and_status_2(
     assert not (tmp_path / "run").exists()
 
 
+def test_boxes_of_other_pictures_are_none(data: Path, tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(data, root)
+    table = root / "boxes.csv"
+    table.write_text("".join(line for line in table.open() if not line.startswith("val/")))
+    words = ["--data", str(root), "--out", "unused", *SMALL, "--validate-every", "epoch", "--select"]
+    with pytest.raises(UsageError, match=r"--select LE: .* has no boxes\.csv with pictures of val"):
+        plan_training(parser().parse_args([*words, "LE"]))
+    assert plan_training(parser().parse_args([*words, "top1"])).validates
+
+
 class Leaving(FolderReporter):
     """Of a machine that is told, while it trains, that it will be taken away."""
 
@@ -211,6 +236,24 @@ def test_a_machine_that_is_about_to_go_gets_one_checkpoint_more(data: Path, tmp_
     reporter = Leaving(tmp_path / "state")
     training.train(plan, reporter)
     assert reporter.saved == [1, 4], "once at the notice, and at the end"
+
+
+def test_a_new_run_has_a_checkpoint_after_seconds(data: Path, tmp_path: Path, monkeypatch) -> None:
+    """However long the time between two is, a run that is stopped early has one to go on from."""
+
+    class Here(Leaving):
+        def leaving(self) -> bool:
+            return False
+
+    words = ["--preset", "fix", "--data", str(data), "--out", "unused", *SMALL, "--steps", "4"]
+    plan = plan_training(parser().parse_args([*words, "--checkpoint-every", "1d"]))
+    monkeypatch.setattr(training, "FIRST_CHECKPOINT", 0.0)
+    first = Here(tmp_path / "first")
+    training.train(plan, first)
+    assert first.saved == [1, 4]
+    resumed = Here(tmp_path / "resumed")
+    training.train(replace(plan, steps=6), resumed, resume=tmp_path / "first")
+    assert resumed.saved == [6], "a run that goes on has one already"
 
 
 @pytest.mark.timeout(900)
@@ -240,12 +283,13 @@ def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(data: Path, tmp_path: Path) ->
             os.killpg(run.pid, signal.SIGKILL)
     # Actors of Ray have a prefix; one of them complains where several clusters run on a machine.
     assert run.returncode == 130 and "\nTraceback" not in f"\n{stderr}", stderr[-3000:]
-    saved = max(len(log.read_text().splitlines()) - 1 for log in out.glob("checkpoints/checkpoint_*/log.csv"))
+    before = committed(out)
+    saved = len(before) - 1
     again = train(*arguments, "--steps", saved + 3)
     assert again.returncode == 0, again.stderr[-2000:]
-    with (out / "log.csv").open() as file:
-        steps = [int(row["step"]) for row in csv.DictReader(file)]
-    assert steps == list(range(1, saved + 4))
+    after = (out / "log.csv").read_text().splitlines()
+    assert after[: saved + 1] == before, "no step was taken again"
+    assert [int(row["step"]) for row in csv.DictReader(after)] == list(range(1, saved + 4))
 
 
 @pytest.mark.timeout(900)
@@ -329,14 +373,16 @@ def test_as_a_submitted_job(data: Path, tmp_path: Path) -> None:
             time.sleep(0.2)
         stopped = job("stop", *where, "first")
         assert "was stopped" in stopped.stdout + stopped.stderr, stopped.stdout[-2000:] + stopped.stderr[-2000:]
-        saved = max(len(log.read_text().splitlines()) - 1 for log in out.glob("checkpoints/checkpoint_*/log.csv"))
+        before = committed(out)
+        saved = len(before) - 1
         result = job("submit", *where, "--", *command, "--steps", saved + 3)
         assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
         assert "model bundle:" in result.stdout
         waited = "falling below the minimum" in result.stdout + result.stderr
         assert not waited, "Ray kept the stopped run's places, and the next one waited for them"
-        with (out / "log.csv").open() as file:
-            assert [int(row["step"]) for row in csv.DictReader(file)] == list(range(1, saved + 4))
+        after = (out / "log.csv").read_text().splitlines()
+        assert after[: saved + 1] == before, "no step was taken again"
+        assert [int(row["step"]) for row in csv.DictReader(after)] == list(range(1, saved + 4))
         assert json.loads((tmp_path / "run/bundle/model.json").read_text())["preset"] == "fix"
     finally:
         os.killpg(head.pid, signal.SIGTERM)

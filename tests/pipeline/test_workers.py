@@ -1,4 +1,4 @@
-"""One, two and four workers with the same global batch and seed give the same weights."""
+"""One, two and four workers with the same global batch and seed give the same weights and tell the same figures."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from pipeline.presets import PRESETS
 from pipeline.spec import MaskerSpec
 from pipeline.step import Batch, JointStep
 
-SIZE, CLASSES, IMAGES, BATCH, STEPS = 32, 4, 24, 8, 20
+SIZE, CLASSES, IMAGES, BATCH, STEPS = 32, 4, 24, 9, 20
+"""Nine pictures a step: shares of 5 and 4, and of 3, 2, 2 and 2."""
 WORLDS = (1, 2, 4)
 
 
@@ -65,12 +66,15 @@ def _train(rank: int, world: int, folder: str) -> None:
     random = np.random.default_rng(0)
     labels = random.integers(0, CLASSES, IMAGES)
     pictures = torch.from_numpy(random.standard_normal((IMAGES, 3, SIZE, SIZE)) + labels[:, None, None, None])
+    logs = []
     for step in range(STEPS):
         share = step_indices(IMAGES, seed=0, step=step, batch_size=BATCH)[rank::world]
         batch = Batch(pictures[share], torch.from_numpy(labels[share]))
-        step_of(batch, step=step, divisor=BATCH, phase="classifier" if step < 4 else "joint", course=step / STEPS)
+        phase = "classifier" if step < 4 else "joint"
+        logs.append(step_of(batch, step=step, divisor=BATCH, phase=phase, course=step / STEPS))
     if rank == 0:
-        torch.save({"model": model.state_dict(), "price": asdict(step_of.price)}, f"{folder}/world{world}.pt")
+        state = {"model": model.state_dict(), "price": asdict(step_of.price), "logs": logs}
+        torch.save(state, f"{folder}/world{world}.pt")
     if world > 1:
         dist.destroy_process_group()
 
@@ -81,6 +85,8 @@ def test_same_weights_for_one_two_and_four_workers(tmp_path: Path) -> None:
     states = {w: torch.load(tmp_path / f"world{w}.pt", weights_only=True) for w in WORLDS}
     for world in WORLDS[1:]:
         assert states[world]["price"] == pytest.approx(states[1]["price"], abs=1e-8)
+        for one, other in zip(states[1]["logs"], states[world]["logs"], strict=True):
+            assert other == pytest.approx(one, abs=1e-8), "figures of a step are over all its pictures"
         for name, value in states[1]["model"].items():
             assert torch.allclose(states[world]["model"][name], value, atol=1e-8, rtol=0), name
 
