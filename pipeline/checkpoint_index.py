@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,14 @@ INDEX_FILE = "checkpoint_manager_snapshot.json"
 """Ray's name for the list."""
 
 
-def mend_index(filesystem: pyarrow.fs.FileSystem, folder: str) -> str | None:
+def mend_index(
+    filesystem: pyarrow.fs.FileSystem, folder: str, judged: Callable[[int], dict[str, float]] = lambda step: {}
+) -> str | None:
     """Make the list of the run's checkpoints in ``folder`` hold again where it is torn or names one that is gone.
 
     Returns what was done, for the user; none where the list holds, or there is neither list nor checkpoint.  The new list
-    holds the newest checkpoint that is whole; without one there is no list, and the run begins anew.
+    holds the newest checkpoint that is whole, and earlier ones of whose step ``judged`` knows figures, by which the best is
+    kept; without a whole one there is no list, and the run begins anew.
 
     Raises:
         OSError: the store or the disk does not answer.
@@ -49,11 +53,16 @@ def mend_index(filesystem: pyarrow.fs.FileSystem, folder: str) -> str | None:
         trouble = "names a checkpoint that is gone"
     except (ValueError, KeyError, TypeError):
         trouble = "was torn" if exists else "was not there"
+    whole: list[tuple[str, int, dict[str, float]]] = []
     for name in sorted(there, reverse=True):
         step = whole_step(filesystem, folder, name)
-        if step is not None:
-            write_whole(filesystem, path, json.dumps(_index_of(name, step)).encode())
-            return f"{path} {trouble}; going on from {name}, step {step}"
+        figures = judged(step) if step is not None else {}
+        if step is not None and (not whole or figures):
+            whole.append((name, step, figures))
+    if whole:
+        write_whole(filesystem, path, json.dumps(_index_of(whole[::-1])).encode())
+        name, step, _ = whole[0]
+        return f"{path} {trouble}; going on from {name}, step {step}"
     if exists:
         filesystem.delete_file(path)
     return f"{path} {trouble}, and no checkpoint beside it is whole; beginning anew"
@@ -89,18 +98,27 @@ def whole_step(filesystem: pyarrow.fs.FileSystem, folder: str, name: str) -> int
         return int(state["step"]) if len(rows) == int(state["step"]) + 1 else None
 
 
-def _index_of(name: str, step: int) -> dict[str, Any]:
-    """Ray's list with one checkpoint in it (`ray.train.v2`'s `_CheckpointManagerState`)."""
-    result = {"version": 0, "checkpoint_dir_name": name, "metrics": {"step": step, "final": 0, SCORE: LEAST}}
+def _index_of(whole: Sequence[tuple[str, int, dict[str, float]]]) -> dict[str, Any]:
+    """Ray's list (`ray.train.v2`'s `_CheckpointManagerState`) of checkpoints (name, step, figures), oldest first."""
+    results = [
+        {
+            "version": 0,
+            "checkpoint_dir_name": name,
+            "metrics": {"step": step, "final": 0, SCORE: LEAST} | figures,
+        }
+        for name, step, figures in whole
+    ]
+    # The worst first, as Ray keeps them; equal ones by age.
+    order = sorted(range(len(results)), key=lambda k: results[k]["metrics"][SCORE])
     return {
         "ray_version": ray.__version__,
-        "checkpoint_results": [result],
-        "checkpoint_report_indices": [0],
-        "latest_checkpoint_result": result,
+        "checkpoint_results": [results[k] for k in order],
+        "checkpoint_report_indices": order,
+        "latest_checkpoint_result": results[-1],
         "pending_training_results": [],
         "pending_validation_specs": [],
-        "current_report_index": 1,
-        "validated_checkpoint_dir_names": [],
+        "current_report_index": len(results),
+        "validated_checkpoint_dir_names": [name for name, _, figures in whole if figures],
         "timed_out_validation_checkpoint_dir_names": [],
         "failed_validation_checkpoint_dir_names": [],
     }

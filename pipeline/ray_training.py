@@ -30,8 +30,9 @@ from pipeline.placement import machines, place
 from pipeline.reservation import Reservation
 from pipeline.run_folder import claim_run, keep_weights, open_storage, publish, upload
 from pipeline.time_left import TimeLeft
+from pipeline.tracking import Server, Tracking, chosen_server
 from pipeline.training import TrainingPlan
-from pipeline.validation import LEAST, LOWER_IS_BETTER, SCORE, collect, record_of, validate
+from pipeline.validation import LEAST, LOWER_IS_BETTER, SCORE, collect, judged, record_of, validate
 from pipeline.weights import is_weight_file
 
 STORAGE_NAME = "checkpoints"
@@ -50,14 +51,18 @@ RESTARTS = 100
 class RayReporter:
     """Carries progress and checkpoints of a worker to Ray Train."""
 
-    def __init__(self, plan: TrainingPlan, run: str, *, first_course: float, first_step: int) -> None:
+    def __init__(
+        self, plan: TrainingPlan, run: str, *, first_course: float, first_step: int, server: Server | None
+    ) -> None:
+        """``server``: of MLflow, where figures also go."""
         self.run: str | None = run
-        self.bar = self.board = None
+        self.bar = self.board = self.tracking = None
         self.asked: tuple[int, float] | None = None
         if ray.train.get_context().get_world_rank() == 0:
             from ray.experimental import tqdm_ray
 
             self.board = Board(run, "train", first_step=first_step)
+            self.tracking = Tracking(server, run, plan.in_words()) if server is not None else None
             self.bar = tqdm_ray.tqdm(total=100, desc=f"train {plan.preset}", unit="%")
             self.bar.update(int(first_course * 100))
         self.shown = int(first_course * 100)
@@ -65,8 +70,9 @@ class RayReporter:
 
     def progress(self, row: dict[str, Any]) -> None:
         """Move the bar, and write TensorBoard's events."""
-        if self.board is not None:
-            self.board.add(row["step"], {f"train/{name}": value for name, value in row.items() if name != "step"})
+        for board in (self.board, self.tracking):
+            if board is not None:
+                board.add(row["step"], {f"train/{name}": value for name, value in row.items() if name != "step"})
         left = self.left.words(row["course"])
         done = min(int(row["course"] * 100), 100)
         if self.bar is not None and done > self.shown:
@@ -107,8 +113,9 @@ class RayReporter:
             ray.train.report(
                 numbers | {"final": int(final)}, checkpoint=checkpoint, validation=validate and checkpoint is not None
             )
-        if self.board is not None:
-            self.board.close() if final else self.board.flush()
+        for board in (self.board, self.tracking):
+            if board is not None:
+                board.close() if final else board.flush()
         if final and self.bar is not None:
             self.bar.close()
 
@@ -121,7 +128,8 @@ def worker(config: dict[str, Any]) -> None:
 
     quiet()
     run = config["run"]
-    plan = TrainingPlan.of({name: value for name, value in config.items() if name != "run"})
+    server = Server(**config["mlflow"]) if config["mlflow"] is not None else None
+    plan = TrainingPlan.of({name: value for name, value in config.items() if name not in ("run", "mlflow")})
     device = "cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu"
     checkpoint = ray.train.get_checkpoint()
     with contextlib.ExitStack() as stack:
@@ -139,7 +147,7 @@ def worker(config: dict[str, Any]) -> None:
                     return
             if failures.lasting(run, first):
                 return
-            reporter = RayReporter(plan, run, first_course=done, first_step=first)
+            reporter = RayReporter(plan, run, first_course=done, first_step=first, server=server)
             training.train(plan, reporter, resume=folder, device=device)
         except Exception as error:
             failures.record(run, ray.train.get_context().get_world_rank(), first, error)
@@ -176,7 +184,7 @@ def fit(
             kept, known_as = keep_weights(plan.weights, filesystem, root, out)
             plan = replace(plan, weights=kept)
         claim_run(filesystem, root, asdict(plan) | {"weights": known_as})
-        mended = mend_index(filesystem, f"{root}/{STORAGE_NAME}")
+        mended = mend_index(filesystem, f"{root}/{STORAGE_NAME}", lambda step: judged(out, step, select))
         if mended is not None:
             print(mended, flush=True)
         failures.forget(out)
@@ -188,7 +196,8 @@ def fit(
     least = workers if isinstance(workers, int) else workers[0]
     found = None if cpus_per_worker is not None and gpu != "auto" else machines()
     cpus = place(found, (least, most), gpu=use_gpu, cpus=cpus_per_worker)
-    fields = asdict(plan) | {"threads": cpus, "run": out}
+    server = chosen_server()
+    fields = asdict(plan) | {"threads": cpus, "run": out, "mlflow": asdict(server) if server is not None else None}
     spare = int(resources.get("CPU", 1)) - most * cpus
     validation = ValidationConfig(
         fn=validate,  # pyright: ignore[reportArgumentType]  it gets the arguments below and no others

@@ -3,7 +3,7 @@
     python -m pipeline.train --preset ca --data DIR --out RUN
     ray job submit -- python -m pipeline.train --preset fix --data DIR --out RUN --init resnet50 --weights my.pt
 
-``RUN/bundle`` is the trained model, ``RUN/log.csv`` the course of the training.  The same command run again goes on where
+``RUN/bundle`` is the trained model, ``RUN/log.csv`` the course of the training once it has ended.  The same command run again goes on where
 it was stopped.  A run of `fix` on 10 classes and 224 pixels with an ImageNet classifier takes half an hour on 2 CPU cores.
 """
 

@@ -6,7 +6,8 @@ import os
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,11 @@ class TrainingPlan:
     def validates(self) -> bool:
         """Whether checkpoints are judged on the way."""
         return self.validate_seconds is not None or self.validate_steps is not None
+
+    def in_words(self) -> dict[str, Any]:
+        """All fields but those that grow with the data set, which a large one has no room for once more."""
+        large = ("paths", "labels", "class_names")
+        return {field.name: getattr(self, field.name) for field in dataclass_fields(self) if field.name not in large}
 
     @classmethod
     def of(cls, fields: dict[str, Any]) -> TrainingPlan:
@@ -199,7 +205,7 @@ def train(plan: TrainingPlan, reporter: Reporter, *, resume: Path | None = None,
     def provenance(row: dict[str, Any]) -> dict[str, Any]:
         """What a bundle records of its training at ``row``."""
         return {
-            "plan": {k: v for k, v in asdict(plan).items() if k not in ("paths", "labels", "class_names")},
+            "plan": plan.in_words(),
             "preset": describe(preset),
             "images": len(plan.paths),
             "steps": row["step"],

@@ -1,6 +1,6 @@
 """Judging checkpoints while the training goes on: a task of Ray Train beside the workers, and what becomes of its figures.
 
-Every validated checkpoint leaves ``RUN/validation/<step>.json``; `collect` makes ``RUN/validation.csv`` of them.
+Every validated checkpoint leaves ``RUN/validation/<step>.json``, and ``RUN/validation.csv`` is made of them anew.
 """
 
 from __future__ import annotations
@@ -56,9 +56,22 @@ def validate(
     board.add(step, figures)
     board.close()
     store.write_bytes(record_of(run, step), (json.dumps(record) + "\n").encode())
+    collect(run)
+    return scored(figures, select)
+
+
+def scored(figures: dict[str, float], select: str | None) -> dict[str, float]:
+    """``figures`` with the `SCORE` that the figure ``select`` makes, where it is among them."""
     if select is None or select not in figures:
         return figures
     return figures | {SCORE: -figures[select] if select in LOWER_IS_BETTER else figures[select]}
+
+
+def judged(run: str, step: int, select: str | None) -> dict[str, float]:
+    """What `validate` found after ``step`` steps of a run; nothing where it did not get so far."""
+    data = store.read_optional(record_of(run, step))
+    found = json.loads(data) if data else {}
+    return scored({name: found[name] for name in KEPT if name in found}, select)
 
 
 def record_of(run: str, step: int) -> str:

@@ -44,6 +44,9 @@ def measure(flags: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return {
         "images": [flags.images, FACTOR * flags.images],
         "megabytes": {name: [round(small[name]), round(large[name])] for name in small},
+        "bytes_a_picture": {
+            name: round((large[name] - small[name]) * 2**20 / ((FACTOR - 1) * flags.images)) for name in small
+        },
         "ratio": {name: round(large[name] / small[name], 4) for name in small},
     }
 

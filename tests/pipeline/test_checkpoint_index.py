@@ -9,8 +9,10 @@ from pathlib import Path
 import pyarrow.fs
 import pytest
 import torch
+from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import _CheckpointManagerState
 
 from pipeline.checkpoint_index import INDEX_FILE, mend_index
+from pipeline.validation import SCORE
 
 FILES = pyarrow.fs.LocalFileSystem()
 
@@ -45,7 +47,7 @@ def run(tmp_path: Path) -> Path:
 
 def chosen(folder: Path) -> list[str]:
     written = json.loads((folder / INDEX_FILE).read_text())
-    assert written["latest_checkpoint_result"] == written["checkpoint_results"][-1]
+    assert written["latest_checkpoint_result"] in written["checkpoint_results"]
     return [result["checkpoint_dir_name"] for result in written["checkpoint_results"]]
 
 
@@ -102,3 +104,16 @@ def test_a_store_that_does_not_answer_says_nothing_of_a_checkpoint(run: Path, mo
     with pytest.raises(OSError, match="SLOW_DOWN"):
         mend_index(FILES, str(run))
     assert (run / INDEX_FILE).read_text() == "{", "not a run that begins anew"
+
+
+def test_checkpoints_that_were_judged_stay_in_the_list(run: Path) -> None:
+    """`--select` keeps the best one, which need not be the newest; the newest is what the run goes on from."""
+    (run / INDEX_FILE).write_text("{")
+    figures = {10: {"LE": 0.3, SCORE: -0.3}, 20: {"LE": 0.5, SCORE: -0.5}}
+    assert "going on from checkpoint_3" in str(mend_index(FILES, str(run), lambda step: figures.get(step, {})))
+    assert chosen(run) == ["checkpoint_3", "checkpoint_2", "checkpoint_1"], "the best last"
+    written = json.loads((run / INDEX_FILE).read_text())
+    assert written["latest_checkpoint_result"]["checkpoint_dir_name"] == "checkpoint_3"
+    assert written["checkpoint_report_indices"] == [2, 1, 0] and written["current_report_index"] == 3
+    assert written["validated_checkpoint_dir_names"] == ["checkpoint_1", "checkpoint_2"]
+    _CheckpointManagerState.parse_obj(written)

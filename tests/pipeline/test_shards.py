@@ -138,6 +138,25 @@ def test_from_an_object_store(folder: Path, tmp_path: Path, bucket: str, kind: s
     assert contents(place, found) == contents(folder, split)
 
 
+def test_uris_of_an_object_store_in_a_column(folder: Path, tmp_path: Path, bucket: str) -> None:
+    """The table lies here or there; the pictures are where its rows say."""
+    split = read_split(folder, "train")
+    upload(folder, f"{bucket}/pictures")
+    table = pa.table(
+        {
+            "uri": [f"{bucket}/pictures/{path}" for path in split.paths],
+            "label": [split.classes[label] for label in split.labels],
+        }
+    )
+    (tmp_path / "train").mkdir()
+    pq.write_table(table, tmp_path / "train" / "0.parquet")
+    upload(tmp_path, f"{bucket}/table")
+    for root in (str(tmp_path), f"{bucket}/table"):
+        found = read_split(root, "train")
+        assert found.classes == split.classes
+        assert contents(root, found) == contents(folder, split)
+
+
 def test_row_groups_are_shuffled_a_few_at_a_time() -> None:
     """Every image once, another order each epoch, and never more row groups between two of one than are kept in memory."""
     blocks = np.repeat(np.arange(60), 7)

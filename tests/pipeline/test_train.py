@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline import training
+from pipeline import clean_cache, training
 from pipeline.bundle import load_bundle
+from pipeline.clean_cache import CleanCache
 from pipeline.data import store
 from pipeline.data.planted import write_planted
 from pipeline.errors import UsageError
@@ -201,6 +202,33 @@ def test_wrong_use_is_one_line_and_status_2(
     assert end.value.code == 2
     assert words in stderr and stderr.count("\n") == 1, stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_frozen_classifier_is_asked_once_for_each_view(data: Path, tmp_path: Path, monkeypatch) -> None:
+    """The preset shows pictures whole, so that there are few views of a few pictures; the weights are the same without."""
+    import torch
+    from safetensors.torch import save_file
+    from torchvision.models import resnet18
+
+    torch.manual_seed(1)
+    save_file(resnet18(num_classes=10).state_dict(), tmp_path / "w.safetensors")
+    words = ["--preset", "fix", "--data", data, "--out", "unused", *SMALL, "--init", "resnet18", "--steps", 12]
+    words += ["--weights", tmp_path / "w.safetensors", "--per-class", 1, "--set", "augmentation.mirror=false"]
+    hits: list[bool] = []
+    find = CleanCache.find
+
+    def watched(self: CleanCache, keys: Any) -> Any:
+        found = find(self, keys)
+        hits.append(found is not None)
+        return found
+
+    monkeypatch.setattr(CleanCache, "find", watched)
+    train_here(tmp_path / "kept", *words)
+    assert hits[-8:] == [True] * 8, "ten views, eight a step: all have been seen after two"
+    monkeypatch.setattr(clean_cache, "MOST_BYTES", 0)
+    train_here(tmp_path / "asked", *words)
+    kept, asked = (load_bundle(tmp_path / name / "bundle").model.state_dict() for name in ("kept", "asked"))
+    assert all(torch.equal(kept[name], asked[name]) for name in kept)
 
 
 def test_boxes_of_other_pictures_are_none(data: Path, tmp_path: Path) -> None:
