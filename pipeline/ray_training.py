@@ -183,7 +183,7 @@ def fit(
         if plan.weights is not None and is_weight_file(plan.weights):
             kept, known_as = keep_weights(plan.weights, filesystem, root, out)
             plan = replace(plan, weights=kept)
-        claim_run(filesystem, root, asdict(plan) | {"weights": known_as})
+        claim_run(filesystem, root, plan.fields() | {"weights": known_as})
         mended = mend_index(filesystem, f"{root}/{STORAGE_NAME}", lambda step: judged(out, step, select))
         if mended is not None:
             print(mended, flush=True)
@@ -197,7 +197,7 @@ def fit(
     found = None if cpus_per_worker is not None and gpu != "auto" else machines()
     cpus = place(found, (least, most), gpu=use_gpu, cpus=cpus_per_worker)
     server = chosen_server()
-    fields = asdict(plan) | {"threads": cpus, "run": out, "mlflow": asdict(server) if server is not None else None}
+    fields = plan.fields() | {"threads": cpus, "run": out, "mlflow": asdict(server) if server is not None else None}
     spare = int(resources.get("CPU", 1)) - most * cpus
     validation = ValidationConfig(
         fn=validate,  # pyright: ignore[reportArgumentType]  it gets the arguments below and no others

@@ -98,10 +98,13 @@ class TrainingPlan:
         """Whether checkpoints are judged on the way."""
         return self.validate_seconds is not None or self.validate_steps is not None
 
+    def fields(self) -> dict[str, Any]:
+        """All fields by name, as they are: `dataclasses.asdict` copies them, and a large listing has no room for that."""
+        return {field.name: getattr(self, field.name) for field in dataclass_fields(self)}
+
     def in_words(self) -> dict[str, Any]:
-        """All fields but those that grow with the data set, which a large one has no room for once more."""
-        large = ("paths", "labels", "class_names")
-        return {field.name: getattr(self, field.name) for field in dataclass_fields(self) if field.name not in large}
+        """All fields but those that grow with the data set."""
+        return {name: value for name, value in self.fields().items() if name not in ("paths", "labels", "class_names")}
 
     @classmethod
     def of(cls, fields: dict[str, Any]) -> TrainingPlan:
