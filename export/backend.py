@@ -78,6 +78,23 @@ def _load(name: BackendName) -> Backend:
     return Backend(name, trt, version, Log())
 
 
+def native(backend: Backend, kind: Literal["Builder", "Runtime"]) -> Any:
+    """A builder or a runtime of the backend, with a log that holds its errors alone.
+
+    Raises:
+        UsageError: CUDA does not start here.
+    """
+    backend.log.errors.clear()
+    try:
+        return getattr(backend.trt, kind)(backend.log)
+    except (TypeError, RuntimeError) as error:  # the binding's words for a constructor that gave nothing
+        reason = last_errors(backend) if backend.log.errors else " ".join(str(error).split())[:240]
+        raise UsageError(
+            f"{backend.name} {backend.version} cannot make its {kind.lower()} ({reason}): mostly the NVIDIA driver is older "
+            "than its CUDA; update the driver ('nvidia-smi' shows it), or install an older release of the backend"
+        ) from error
+
+
 def last_errors(backend: Backend, most: int = 2) -> str:
     """The latest errors of the log in one line."""
     texts = [" ".join(text.split())[:240] for text in backend.log.errors[-most:]]

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from export.backend import Backend, last_errors
+from export.backend import Backend, last_errors, native
 from export.gpu import gpus
 from export.manifest import Profile
 from pipeline.errors import UsageError, WorkError
 
 HardwareCompatibility = Literal["none", "same_cc", "ampere+"]
+_CAPABILITY = re.compile(r"[1-9]\d*\.\d")
+_TAIL = 1 << 20
 _COMPATIBILITY = {"same_cc": "SAME_COMPUTE_CAPABILITY", "ampere+": "AMPERE_PLUS"}
 
 
@@ -80,6 +83,8 @@ def check_config(config: BuildConfig, backend: Backend) -> None:
     if not rtx and config.compute_capabilities:
         raise UsageError("--compute-capability is tensorrt-rtx's; for TensorRT use --hardware-compat")
     for wanted in config.compute_capabilities:
+        if not _CAPABILITY.fullmatch(wanted):  # 86 would build, and its plan would never be found to fit 8.6
+            raise UsageError(f"--compute-capability {wanted}: write it with its dot, such as 8.6,8.9")
         if not hasattr(backend.trt.ComputeCapability, _member(wanted)):
             known = [name[2:] for name in dir(backend.trt.ComputeCapability) if name.startswith("SM")]
             there = ", ".join(f"{name[:-1]}.{name[-1]}" for name in sorted(known, key=int))
@@ -103,27 +108,26 @@ def build(graph: bytes, backend: Backend, config: BuildConfig) -> Built:
     """Compile an ONNX graph (its bytes).
 
     Raises:
-        UsageError: the parser refuses the graph.
+        UsageError: the parser refuses the graph, it takes images of any size, or CUDA does not start.
         WorkError: the builder fails.
     """
-    trt, log = backend.trt, backend.log
-    log.errors.clear()
+    trt = backend.trt
     started = time.perf_counter()
-    builder = trt.Builder(log)
+    builder = native(backend, "Builder")
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, log)
+    parser = trt.OnnxParser(network, backend.log)
     if not parser.parse(graph):
         first = " ".join(parser.get_error(0).desc().split())[:300] if parser.num_errors else last_errors(backend)
         raise UsageError(
             f"{backend.name} {backend.version} refuses the graph: {first}; 'polygraphy inspect capability' on the "
             "graph tells more"
         )
-    settings = builder.create_builder_config()
-    notes = _configure(settings, backend, config)
     image = network.get_input(0)
     fixed = tuple(image.shape)[1:]
     if any(size < 1 for size in fixed):
-        raise UsageError("the graph takes images of any size, but a plan is built for one; export it without --resize")
+        raise UsageError(f"the graph takes images of any size, but a plan is built for one; {_other_export(graph)}")
+    settings = builder.create_builder_config()
+    notes = _configure(settings, backend, config)
     for profile in config.profiles:
         shapes = builder.create_optimization_profile()
         shapes.set_shape(image.name, *((batch, *fixed) for batch in (profile.min, profile.opt, profile.max)))
@@ -142,6 +146,8 @@ def _configure(settings: Any, backend: Backend, config: BuildConfig) -> list[str
     """Apply ``config``; returns what has to be said about it."""
     trt = backend.trt
     notes = []
+    if hasattr(trt.BuilderFlag, "TF32"):  # set by default: a GPU would multiply float32 with 10 bits of mantissa
+        settings.clear_flag(trt.BuilderFlag.TF32)
     if config.workspace is not None:
         settings.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, config.workspace << 20)
     if config.opt_level is not None:
@@ -166,6 +172,12 @@ def _configure(settings: Any, backend: Backend, config: BuildConfig) -> list[str
             if cache is None or not settings.set_timing_cache(cache, ignore_mismatch=False):
                 raise UsageError(f"--timing-cache {config.timing_cache} is none, or another version's; give a new file")
     return notes
+
+
+def _other_export(graph: bytes) -> str:
+    """How to export a graph of one image size instead; the manifest, which tells, stands at the graph's end."""
+    dynamic = b'"dynamic_size":true' in graph[-_TAIL:]
+    return f"export it without {'--dynamic-size' if dynamic else '--resize'}"
 
 
 def _member(compute_capability: str) -> str:

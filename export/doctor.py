@@ -65,11 +65,12 @@ def _folder(path: Path) -> tuple[list[str], str | None]:
         lines, trouble = _bundle(path / "bundle")
         return [f"{path}: the folder of a training run; its result is the bundle inside", *lines], trouble
     if (path / "config.pbtxt").is_file():
-        models = sorted((path / "1").glob("model.*"))
+        models = [model for name in ("model.onnx", "model.plan") if (model := path / "1" / name).is_file()]
         lines = [f"{path}: a model folder for Triton; put it into the server's model repository"]
         if not models:
             return lines, f"{path}/1 holds no model; make the folder again with 'python -m export.trt --triton'"
-        return [*lines, f"  serves      {models[0].name} ({_size(models[0])})"], None
+        inside, trouble = examine(models[0])
+        return [*lines, f"  serves      {models[0].name} ({_size(models[0])})", *inside], trouble
     return _bundle(path)
 
 
@@ -147,7 +148,7 @@ def _plan(path: Path) -> tuple[list[str], str | None]:
         lines.append(f"  {backend.name} here: {backend.version}")
         check_fit(path, manifest, backend.version, gpus()[0] if gpus() else None)
         PlanEngine(path)
-    except UsageError as error:
+    except (UsageError, WorkError) as error:
         return lines, str(error)
     lines.append(f"  runs on     {gpus()[0].name}")
     return lines, None
@@ -163,10 +164,13 @@ def _manifest_file(path: Path) -> tuple[list[str], str | None]:
         manifest = parse_manifest(path.read_text(encoding="utf-8"), path, "give the engine instead")
     except (UsageError, OSError, UnicodeDecodeError) as error:
         return [f"{path}: a JSON file ({_size(path)})"], f"{path} is no engine manifest ({error})"
-    lines = [f"{path}: an engine manifest", *describe_manifest(manifest)]
+    lines = [f"{path}: an engine manifest"]
+    if engine.is_file():
+        inside, trouble = examine(engine)
+        return [*lines, *inside], trouble
     return (
-        lines,
-        None if engine.is_file() else f"its engine {engine.name} is not beside it; rebuild: {manifest.rebuild}",
+        [*lines, *describe_manifest(manifest)],
+        f"its engine {engine.name} is not beside it; copy it, or rebuild it with '{manifest.rebuild}'",
     )
 
 

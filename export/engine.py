@@ -144,12 +144,19 @@ def checked(images: np.ndarray, info: EngineInfo) -> np.ndarray:
     return np.ascontiguousarray(images)
 
 
-def checked_tensor(images: Tensor, info: EngineInfo) -> Tensor:
-    """``images`` as a contiguous tensor, after making sure that the graph takes them and that they lie where it runs."""
+def checked_tensor(images: Tensor, info: EngineInfo, gpu: int | None) -> Tensor:
+    """``images`` as a contiguous tensor, after making sure that the graph takes them and that they lie where it runs.
+
+    ``gpu``: CUDA's number of the card that an engine on one runs on.
+    """
     device, name = images.device.type, str(images.dtype).removeprefix("torch.")
     if device != ("cpu" if info.provider == "cpu" else "cuda"):
         raise ValueError(
             f"{info.path} runs on {info.provider}, the images lie on {device}; move them, or use outputs()"
+        )
+    if device == "cuda" and images.device.index != gpu:
+        raise ValueError(
+            f"{info.path} runs on GPU {gpu}, the images lie on GPU {images.device.index}; move them, or use outputs()"
         )
     if (*images.shape[1:], name) != (info.input_size, info.input_size, 3, "uint8"):
         raise ValueError(
@@ -189,7 +196,7 @@ class OnnxEngine:
         """See `Engine.tensors`; graphs of one image size only."""
         import torch
 
-        images = checked_tensor(images, self.info)
+        images = checked_tensor(images, self.info, gpu=0)  # the provider's default, which is left as it is
         where = (images.device.type, images.device.index or 0)
         binding = self._session.io_binding()
         binding.bind_input("image", *where, np.uint8, tuple(images.shape), images.data_ptr())

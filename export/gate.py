@@ -183,12 +183,14 @@ def judge(
     thresholds: Thresholds,
     batch: int = 16,
     batches: Sequence[int] = (),
+    largest_batch: int = MOST_COMPARED_BATCH,
     progress: Callable[[int], Any] | None = None,
 ) -> Verdict:
     """Run both engines over ``images`` and compare.
 
     ``batch``: images in one go; ``batches``: further batch sizes (opt and max of the profiles) whose answers must
-    agree.  ``progress`` is told how many images were run.
+    agree; ``largest_batch``: up to which, on a CPU or without ``batches``.  ``progress`` is told how many images were
+    run.
     """
     batch = min(batch, tested.info.max_batch or batch)
     expected = answers(reference, images.images, batch=batch, progress=progress)
@@ -207,9 +209,9 @@ def judge(
     before, after = localisation(expected, images, size), localisation(found, images, size)
     figures |= {"n_boxes": images.annotated, **{f"reference_{name}": value for name, value in before.items()}}
     figures |= {f"d{name}": after[name] - before[name] for name in before}
-    most = tested.info.max_batch or max([MOST_COMPARED_BATCH, *batches])
+    most = tested.info.max_batch or max([largest_batch, *batches])
     if tested.info.provider == "cpu":
-        most = min(most, MOST_COMPARED_BATCH)
+        most = min(most, largest_batch)
     figures["outputs"] = further_outputs(reference, tested, images.images[:batch])
     figures["batch"] = batch_invariance(tested, images.images, batch_sizes((*batches, most), most))
     if reference.info.any_size and tested.info.any_size:
@@ -258,6 +260,16 @@ def check(figures: dict[str, Any], thresholds: Thresholds) -> tuple[ParityError,
             errors.append(BatchError(name, value, limit))
             break  # one cause
     return tuple(errors)
+
+
+def untried_batches(verdict: Verdict, batches: Sequence[int]) -> list[str]:
+    """What has to be said where some of ``batches`` are larger than any batch that was compared."""
+    tried = max((int(size) for size in verdict.figures.get("batch", {}).get("equal_rows", {})), default=0)
+    larger = sorted({size for size in batches if size > tried})
+    if not larger or not tried:
+        return []
+    names = ", ".join(map(str, larger))
+    return [f"batches of {names} were not tried: on a CPU the largest one compared is {tried}; judge again on a GPU"]
 
 
 def size_figures(sizes: dict[str, Any]) -> list[tuple[str, float, str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -41,6 +41,20 @@ class GateImages:
         """Of the pixels, in order."""
         return hashlib.sha256(np.ascontiguousarray(self.images).data).hexdigest()
 
+    def first(self, count: int) -> GateImages:
+        """The first ``count`` of them."""
+        return self.chosen(range(min(count, len(self.images))))
+
+    def chosen(self, places: Sequence[int]) -> GateImages:
+        """Those at ``places``."""
+        return replace(
+            self,
+            images=self.images[list(places)],
+            names=[self.names[k] for k in places],
+            targets=None if self.targets is None else self.targets[list(places)],
+            boxes=[self.boxes[k] for k in places],
+        )
+
     @property
     def annotated(self) -> int:
         """How many images have a box."""
@@ -66,7 +80,13 @@ def from_noise(size: int, count: int, *, seed: int = 0) -> GateImages:
     cell = -(-size // 8)
     images = coarse.repeat(cell, axis=1).repeat(cell, axis=2)[:, :size, :size]
     images = np.clip(images + generator.integers(-40, 41, images.shape), 0, 255).astype(np.uint8)
-    return _bare("generated noise (the bundle has no samples)", images)
+    return _bare("generated noise (no folder of images was given, and no bundle with samples)", images)
+
+
+def apart_from(images: GateImages, others: GateImages) -> GateImages:
+    """Those of ``images`` whose pixels are not among ``others``."""
+    seen = {image.tobytes() for image in others.images}
+    return images.chosen([k for k, image in enumerate(images.images) if image.tobytes() not in seen])
 
 
 def from_folder(

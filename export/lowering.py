@@ -18,7 +18,7 @@ from export.tidy import remove_dead
 LowType = Literal["fp16", "bf16"]
 
 BF16_OPSET = 22
-_ELEMENT = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
+_ELEMENT: dict[LowType, int] = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 _LARGEST_FP16 = 65504.0
 
 LOWERED_OPS = frozenset(
@@ -130,6 +130,42 @@ def emulate(lowered: onnx.ModelProto, kind: LowType) -> onnx.ModelProto:
     del graph.node[:], graph.value_info[:]
     graph.node.extend(nodes)
     return model
+
+
+def raised(lowered: onnx.ModelProto, original: onnx.ModelProto) -> onnx.ModelProto:
+    """The float32 graph that `lower` made ``lowered`` from: the inverse, so that all but the rounding shows.
+
+    A constant becomes that of ``original`` again where it is the rounding of it, and keeps its value where it is not; a
+    cast from one floating-point type to another does nothing.  Whatever else was changed in ``lowered`` stays.
+    """
+    model = _copy(lowered)
+    graph = model.graph
+    exact = {tensor.name: tensor for tensor in original.graph.initializer}
+    floats = _floating_values(model)
+    for tensor in graph.initializer:
+        kind: LowType | None = next((low for low, element in _ELEMENT.items() if tensor.data_type == element), None)
+        if kind is None:
+            continue
+        value = numpy_helper.to_array(tensor).astype(np.float32)
+        before = exact.get(tensor.name.removesuffix(f"_{kind}"))
+        if before is not None:
+            wanted = numpy_helper.to_array(before)
+            value = wanted if np.array_equal(_round(wanted, kind), value) else value
+        tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
+    for node in graph.node:
+        if node.op_type == "Cast" and node.input[0] in floats and node.output[0] in floats:
+            node.CopyFrom(helper.make_node("Identity", node.input, node.output, name=node.name))
+    del graph.value_info[:]
+    return model
+
+
+def _floating_values(model: onnx.ModelProto) -> set[str]:
+    """Names of all values of the types that `lower` casts between."""
+    types = (TensorProto.FLOAT, *_ELEMENT.values())
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    values = (*graph.value_info, *graph.input, *graph.output)
+    found = {value.name for value in values if value.type.tensor_type.elem_type in types}
+    return found | {tensor.name for tensor in graph.initializer if tensor.data_type in types}
 
 
 def lowered_nodes(model: onnx.ModelProto, keep: Collection[str]) -> set[str]:

@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the gate."""
     arguments = parser().parse_args(argv)
     from export.files import check_local, ensure_writable
-    from export.gate import ParityFailure, Thresholds, judge
+    from export.gate import ParityFailure, Thresholds, judge, untried_batches
     from export.gate_images import gate_images
     from export.graph import GraphConfig
     from export.judged import check_numbers
@@ -58,6 +58,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         verdict = judge(
             reference, engine, images, thresholds=thresholds, batch=arguments.batch, batches=batches, progress=advance
         )
+    notes += untried_batches(verdict, batches)
+    calibration = engine.info.manifest.get("calibration") or {}
+    if calibration.get("source") == images.source:
+        notes.append(f"calibrated on {calibration['images']} images of {images.source}, which may be among these")
     page = write_report(report, verdict, images, model=reference.info, engine=engine.info, notes=notes)
     print(*verdict_lines(verdict, images, notes), f"report: {page}", sep="\n")
     if not verdict.passed:

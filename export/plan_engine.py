@@ -1,5 +1,8 @@
 """A TensorRT plan behind the `Engine` interface: pinned buffers, and copies that overlap with computing.
 
+Copies overlap where there is more than one batch under way, since images beyond the plan's largest batch are cut up.  What
+one batch holds is copied in, computed and copied out, one after the other: parts of it would keep the card less busy.
+
 Every check that can be made without the GPU is made first, so that a misfit is one line with the command that makes a
 plan that fits, and not a crash inside the runtime.
 """
@@ -14,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from export.backend import Backend, last_errors, load_backend
+from export.backend import Backend, last_errors, load_backend, native
 from export.engine import EngineInfo, as_soft_mask, checked, checked_tensor, info_of
 from export.files import file_sha256
 from export.gpu import Gpu, gpus
@@ -98,6 +101,8 @@ class PlanEngine:
         self._runtime, self._engine = _deserialise(path, path.read_bytes() if plan is None else plan, manifest, backend)
         self._profiles = manifest.profiles
         self._contexts: dict[int, Any] = {}
+        self._runs: dict[int, tuple[int, int]] = {}
+        """Profile -> event behind its last run, and the stream of it: a context has memory for one run at a time."""
         self._compute = self._cuda.stream()
         most = max(profile.max for profile in self._profiles)
         self.info = info_of(
@@ -140,16 +145,18 @@ class PlanEngine:
         """See `export.engine.Engine.tensors`."""
         import torch
 
+        images = checked_tensor(images, self.info, self._cuda.ordinal)
         stream = torch.cuda.current_stream(images.device).cuda_stream
         found: dict[str, list[Tensor]] = {name: [] for name in self._outputs}
-        for part in checked_tensor(images, self.info).split(self.info.max_batch or len(images)):
+        for part in images.split(self.info.max_batch or len(images)):
             batch = served(self._profiles, len(part))
             padded = torch.cat([part, part[:1].expand(batch - len(part), -1, -1, -1)]) if batch > len(part) else part
             room = {
                 name: torch.empty((batch, *shape), dtype=getattr(torch, dtype.name), device=images.device)
                 for name, (dtype, shape) in self._outputs.items()
             }
-            self.enqueue(padded.data_ptr(), {k: v.data_ptr() for k, v in room.items()}, batch=batch, stream=stream)
+            with torch.cuda.device(images.device):  # TensorRT runs on the thread's current one
+                self.enqueue(padded.data_ptr(), {k: v.data_ptr() for k, v in room.items()}, batch=batch, stream=stream)
             padded.record_stream(torch.cuda.current_stream(images.device))
             for name, rows in room.items():
                 found[name].append(rows[: len(part)])
@@ -159,9 +166,17 @@ class PlanEngine:
         """Run on memory that is on the GPU already; nothing is copied, nothing is waited for.
 
         ``image``: address of ``batch`` (S, S, 3) uint8 images; ``outputs``: name -> address of room for each output;
-        ``batch``: a size that one of the profiles covers; ``stream``: CUDA stream.
+        ``batch``: a size that one of the profiles covers; ``stream``: CUDA stream, which first waits for whatever
+        other stream ran the same profile before.
+
+        Raises:
+            UsageError: no profile covers the batch.
+            WorkError: TensorRT or CUDA fails.
         """
         profile = self._profile_of(batch)
+        done, last = self._runs.get(profile) or (self._cuda.event(), stream)
+        if last != stream:
+            self._cuda.hold(stream, done)
         context = self._context(profile, stream)
         context.set_input_shape("image", (batch, *(int(d) for d in self.info.manifest["inputs"][0]["shape"][1:])))
         context.set_tensor_address("image", image)
@@ -169,6 +184,8 @@ class PlanEngine:
             context.set_tensor_address(name, address)
         if not context.execute_async_v3(stream):
             raise WorkError(f"{self.info.path}: TensorRT could not run a batch of {batch}; ask python -m export.doctor")
+        self._cuda.record(done, stream)
+        self._runs[profile] = (done, stream)
 
     def _start(self, slot: _Slot, part: np.ndarray) -> None:
         batch = served(self._profiles, len(part))  # rows beyond the images are not read
@@ -214,7 +231,7 @@ def _covered(profiles: list[Profile]) -> str:
 
 def _deserialise(path: Path, plan: bytes, manifest: Manifest, backend: Backend) -> tuple[Any, Any]:
     """The runtime, which has to outlive the engine, and the engine."""
-    runtime = backend.trt.Runtime(backend.log)
+    runtime = native(backend, "Runtime")
     if manifest.build.get("version_compatible"):
         runtime.engine_host_code_allowed = True  # such plans carry a lean runtime; the hash vouches for the file
     engine = runtime.deserialize_cuda_engine(plan)
@@ -244,7 +261,10 @@ class _Slot:
 
 
 class _Cuda:
-    """The few calls of the CUDA runtime that are needed, with errors as exceptions.  Memory lives as long as this."""
+    """The few calls of the CUDA runtime that are needed, with errors as exceptions.
+
+    Memory, streams and events live as long as this, all on the GPU that was current when it was made.
+    """
 
     def __init__(self) -> None:
         try:
@@ -254,9 +274,14 @@ class _Cuda:
         self._runtime = runtime
         self._device: list[int] = []
         self._pinned: list[int] = []
+        self._streams: list[int] = []
+        self._events: list[int] = []
+        self.ordinal = int(self._call("cudaGetDevice"))
 
     def stream(self) -> int:
-        return int(self._call("cudaStreamCreateWithFlags", self._runtime.cudaStreamNonBlocking))
+        stream = int(self._call("cudaStreamCreateWithFlags", self._runtime.cudaStreamNonBlocking))
+        self._streams.append(stream)
+        return stream
 
     def device(self, size: int) -> int:
         address = int(self._call("cudaMalloc", size))
@@ -281,9 +306,22 @@ class _Cuda:
     def order(self, before: int, after: int) -> None:
         """Whatever is put on ``after`` from now on waits for all that is on ``before``."""
         event = self._call("cudaEventCreateWithFlags", self._runtime.cudaEventDisableTiming)
-        self._call("cudaEventRecord", event, before)
-        self._call("cudaStreamWaitEvent", after, event, 0)
+        self.record(event, before)
+        self.hold(after, event)
         self._call("cudaEventDestroy", event)  # takes effect when the event has happened
+
+    def event(self) -> int:
+        event = int(self._call("cudaEventCreateWithFlags", self._runtime.cudaEventDisableTiming))
+        self._events.append(event)
+        return event
+
+    def record(self, event: int, stream: int) -> None:
+        """The event happens when all that is on ``stream`` now is done."""
+        self._call("cudaEventRecord", event, stream)
+
+    def hold(self, stream: int, event: int) -> None:
+        """Whatever is put on ``stream`` from now on waits for ``event``."""
+        self._call("cudaStreamWaitEvent", stream, event, 0)
 
     def wait(self, stream: int) -> None:
         self._call("cudaStreamSynchronize", stream)
@@ -296,6 +334,12 @@ class _Cuda:
         return values[0] if values else None
 
     def __del__(self) -> None:
+        for event in getattr(self, "_events", ()):  # first, and waited for: what is under way uses the memory
+            self._runtime.cudaEventSynchronize(event)
+            self._runtime.cudaEventDestroy(event)
+        for stream in getattr(self, "_streams", ()):
+            self._runtime.cudaStreamSynchronize(stream)
+            self._runtime.cudaStreamDestroy(stream)
         for address in getattr(self, "_device", ()):
             self._runtime.cudaFree(address)
         for address in getattr(self, "_pinned", ()):

@@ -142,10 +142,14 @@ class Rewriter:
         quantiser: Quantiser = "auto",
         progress: Callable[[int], Any] | None = None,
     ) -> None:
-        """``calibration``: images for the int8 and fp8 ranges; ``progress`` is told how many of them were run."""
+        """``calibration``: images for the int8 and fp8 ranges; ``progress`` is told how many of them were run.
+
+        Raises:
+            UsageError: there is nothing to calibrate on, ``keep_ops`` names an unknown operator, or see `use_modelopt`.
+        """
         if name in CALIBRATED and calibration is None:
             raise UsageError(
-                f"--precision {name.removesuffix('-tensorrt')} needs images to calibrate on, and the bundle has no "
+                f"--precision {name.removesuffix('-tensorrt')} needs images to calibrate on, and there is no bundle with "
                 "samples; give --calib-data DIR"
             )
         unknown = set(keep_ops) - {node.op_type for node in model.graph.node}
@@ -158,7 +162,7 @@ class Rewriter:
         self.sensitive = sensitive_nodes(model, keep_ops)
         self._calibration, self._progress = calibration, progress
         self._ranges: Any = None
-        self._modelopt = name in ("int8-tensorrt", "fp8") and use_modelopt(quantiser)
+        self._modelopt = use_modelopt(name, quantiser, method)
 
     def candidates(self) -> list[str]:
         """Names of the layers that are lowered unless they are restored, in the graph's order."""
@@ -197,6 +201,18 @@ class Rewriter:
         )
         return Rewritten(model=model, stand_in=emulate(model, "bf16"), precision="bf16", details=details, notes=[note])
 
+    def unrounded(self, rewritten: Rewritten) -> onnx.ModelProto | None:
+        """The float32 graph that `rewrite` made ``rewritten`` from, with all that is changed in it but the rounding.
+
+        None where ModelOpt made it, whose changes are not known here.
+        """
+        from export.lowering import raised
+        from export.quantise import unquantised
+
+        if self._modelopt:
+            return None
+        return unquantised(raised(rewritten.model, self.model), self.model)
+
     def _quantised(self, restore: set[str]) -> tuple[onnx.ModelProto, dict[str, Any]]:
         from export import quantise
         from export.lowering import lower
@@ -207,11 +223,10 @@ class Rewriter:
         details = {
             "quantiser": "modelopt" if self._modelopt else "onnxruntime",
             "calibration_method": self.method,
-            "quantised": len(low),
         }
         if self.name == "int8-cpu":
-            keep = self.sensitive | restore
-            return quantise.quantise(self.model, self._measured(), variant="cpu", keep=keep), details
+            model = quantise.quantise(self.model, self._measured(), variant="cpu", keep=self.sensitive | restore)
+            return model, details | {"quantised": len(quantise.quantised_products(model))}
         rest = self.sensitive | {name for name in self.candidates() if name not in low}
         if self._modelopt:
             kind = "fp8" if self.name == "fp8" else "int8"
@@ -221,8 +236,8 @@ class Rewriter:
             model = quantise.quantise(self.model, self._measured(), variant="tensorrt", keep=rest)
             if self.name == "fp8":
                 model = quantise.to_fp8(model, self.model)
-        kept = self.sensitive | (restore - set(layers)) | low
-        return lower(model, "fp16", keep=kept), details | {"rest": "fp16"}
+        details |= {"quantised": len(quantise.quantised_products(model)), "rest": "fp16"}
+        return lower(model, "fp16", keep=self.sensitive | (restore - set(layers)) | low), details
 
     def _measured(self) -> Any:
         from export.quantise import calibrate
@@ -242,13 +257,25 @@ class Rewriter:
         return count
 
 
-def use_modelopt(quantiser: Quantiser) -> bool:
-    """Whether ModelOpt quantises: when asked for, or by default where it is installed.
+def use_modelopt(name: Name, quantiser: Quantiser, method: Method) -> bool:
+    """Whether ModelOpt quantises: when asked for, or by default where it is installed and has the method.
 
     Raises:
-        UsageError: it was asked for and is not there.
+        UsageError: it was asked for and is not there, or has nothing to do with this graph, or not this method.
     """
-    if quantiser == "onnxruntime":
+    from export.quantise import MODELOPT_METHODS
+
+    methods = MODELOPT_METHODS.get(name.removesuffix("-tensorrt"), {})
+    if quantiser == "modelopt" and not methods:
+        raise UsageError(
+            f"--quantiser modelopt: it makes int8 and fp8 graphs for TensorRT, no {name}; leave the flag out"
+        )
+    if quantiser == "modelopt" and method not in methods:
+        raise UsageError(
+            f"--calib-method {method}: for {name} ModelOpt has {', '.join(methods)} only; use that, or --quantiser "
+            "onnxruntime"
+        )
+    if quantiser == "onnxruntime" or method not in methods:
         return False
     try:
         import modelopt.onnx.quantization  # noqa: F401  # pyright: ignore[reportMissingImports]
@@ -273,6 +300,7 @@ def parser() -> Parser:
     flags.add_argument("--precision", required=True, choices=get_args(Name)[1:], help="what to rewrite the graph to")
     add_rewriting(flags)
     add_judging(flags)
+    flags.add_argument("--search", action="store_true", help="raise the layers that hurt; prints the Pareto table")
     return flags
 
 
@@ -283,7 +311,7 @@ def add_rewriting(flags: Parser) -> None:
     flags.add_argument("--calib-method", choices=get_args(Method), default="minmax", help="how ranges are chosen")
     flags.add_argument("--keep-fp32", default="", metavar="OPS", help="further operators to keep, such as Softmax,Add")
     flags.add_argument(
-        "--quantiser", choices=get_args(Quantiser), default="auto", help="auto: ModelOpt where installed"
+        "--quantiser", choices=get_args(Quantiser), default="auto", help="auto: ModelOpt where installed, for TensorRT"
     )
 
 
@@ -300,7 +328,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Rewrite, judge, write."""
     arguments = parser().parse_args(argv)
     from export.files import check_local, ensure_writable
-    from export.judged import Judging, write_judged
+    from export.judged import Judging, check_rewriting, check_source, serialise, write_judged
+    from export.search import searched
     from export.source import calibration_images, open_source
     from export.verify import progress_bar
 
@@ -309,20 +338,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     if out.suffix != ".onnx":
         raise UsageError(f"--out {out}: the name has to end in .onnx")
     judging = Judging.of(arguments)
+    use_modelopt(arguments.precision, arguments.quantiser, arguments.calib_method)  # refuses before any work
     ensure_writable(out)
     source = open_source(arguments)
+    notes = check_source(source, judging)
     calibration = calibration_images(source, arguments) if arguments.precision in CALIBRATED else None
     with progress_bar(len(calibration.images) if calibration else 0, "calibration") as advance:
-        rewritten = Rewriter(
+        rewriter = Rewriter(
             source.model, arguments.precision, calibration=calibration, method=arguments.calib_method,
             keep_ops=[op for op in arguments.keep_fp32.split(",") if op], quantiser=arguments.quantiser,
             progress=advance,
-        ).rewrite()  # fmt: skip
+        )  # fmt: skip
+        if arguments.search:
+            rewritten = searched(
+                rewriter, source, judging, calibration=calibration,
+                size_of=lambda model: len(serialise(model, source.manifest)),
+            )  # fmt: skip
+        else:
+            rewritten = rewriter.rewrite()
+    notes += check_rewriting(rewriter, rewritten, source, judging)
     words = ["python", "-m", "export.precision", *(argv if argv is not None else sys.argv[1:])]
     manifest = source.describe(rewritten, calibration, arguments.calib_method, rebuild=shlex.join(words))
     write_judged(
         rewritten.model, manifest, source, out, judging, stand_in=rewritten.stand_in,
-        notes=rewritten.notes, say=print,
+        calibration=calibration, notes=[*notes, *rewritten.notes], say=print,
     )  # fmt: skip
     print(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB)")
 

@@ -24,6 +24,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from export.tidy import remove_dead
+from pipeline.errors import WorkError
 
 Variant = Literal["cpu", "tensorrt"]
 Method = Literal["minmax", "entropy", "percentile"]
@@ -32,9 +33,15 @@ PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 """Operators that are worth quantising: the multiplications."""
 CHAINED = ("Add", "Relu", "Clip", "MaxPool", "AveragePool", "GlobalAveragePool", "Concat")
 """Operators that ONNX Runtime also runs on integers, between the products."""
+MODELOPT_METHODS: dict[str, dict[str, str]] = {
+    "int8": {"minmax": "max", "entropy": "entropy"},
+    "fp8": {"minmax": "max"},
+}
+"""How ModelOpt calls the methods that it has, by the kind of the graph."""
 QUANTISER_OPSET = 20
 _FP8_LARGEST = 448.0  # of float8 e4m3
 _INT8_LARGEST = 127.0
+_LEVELS: dict[int, tuple[int, int]] = {TensorProto.UINT8: (0, 255), TensorProto.INT8: (-128, 127)}
 
 
 def calibrate(
@@ -148,30 +155,145 @@ def to_fp8(quantised: onnx.ModelProto, original: onnx.ModelProto) -> onnx.ModelP
     return model
 
 
+def unquantised(quantised: onnx.ModelProto, original: onnx.ModelProto) -> onnx.ModelProto:
+    """The float32 graph that `quantise` and `to_fp8` made ``quantised`` from: the inverse, so that all but the rounding
+    shows.
+
+    A constant becomes that of ``original`` again where it lies within one rounding of it, and keeps its value where it
+    does not.  A Q/DQ pair of one scale does nothing, and a Relu or Clip that was left to it stands there again.  Whatever
+    else was changed in ``quantised`` stays.  Ranges that cut values off do not show.
+    """
+    model = onnx.ModelProto()
+    model.CopyFrom(quantised)
+    graph = model.graph
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    exact = {tensor.name: tensor for tensor in original.graph.initializer}
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    pairs: set[str] = set()
+    ranges: dict[str, tuple[float, float]] = {}
+    for node in graph.node:
+        following = readers.get(node.output[0], [])
+        if node.op_type == "QuantizeLinear" and _same_steps(node, following, constants):
+            pairs.add(node.output[0])
+            scale, zero = (numpy_helper.to_array(constants[name]).astype(np.float64) for name in node.input[1:3])
+            least, most = _LEVELS.get(constants[node.input[2]].data_type, (-_FP8_LARGEST, _FP8_LARGEST))
+            ranges[node.input[0]] = (least - zero.item()) * scale.item(), (most - zero.item()) * scale.item()
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        if node.output[0] in pairs or (node.op_type == "DequantizeLinear" and node.input[0] in pairs):
+            nodes.append(helper.make_node("Identity", [node.input[0]], [node.output[0]]))
+        elif node.op_type == "DequantizeLinear" and node.input[0] in constants:
+            value = _dequantised(node, constants, exact.get(node.input[0].removesuffix("_quantized")))
+            graph.initializer.append(numpy_helper.from_array(value, node.output[0]))
+        else:
+            nodes.append(node)
+    bounds = _restore_activations(nodes, ranges, original, {node.name for node in graph.node})
+    graph.initializer.extend(exact[name] for name in sorted(bounds - constants.keys()))
+    del graph.node[:], graph.value_info[:]
+    graph.node.extend(nodes)
+    remove_dead(graph)
+    return model
+
+
+def _same_steps(node: onnx.NodeProto, readers: list[onnx.NodeProto], constants: dict[str, onnx.TensorProto]) -> bool:
+    """Whether all that read the QuantizeLinear ``node`` give back what it was given, but for the rounding."""
+    steps = [[numpy_helper.to_array(constants[name]) for name in each.input[1:3]] for each in (node, *readers)]
+    return bool(readers) and all(
+        reader.op_type == "DequantizeLinear" and all(map(np.array_equal, found, steps[0]))
+        for reader, found in zip(readers, steps[1:], strict=True)
+    )
+
+
+def _dequantised(
+    node: onnx.NodeProto, constants: dict[str, onnx.TensorProto], original: onnx.TensorProto | None
+) -> np.ndarray:
+    """The float32 values of a quantised constant: the ``original`` ones where they differ by the rounding alone."""
+    stored = constants[node.input[0]]
+    levels, scale, zero = (numpy_helper.to_array(constants[name]).astype(np.float64) for name in node.input)
+    if scale.ndim:
+        axis = next((helper.get_attribute_value(a) for a in node.attribute if a.name == "axis"), 1)
+        shape = [-1 if k == axis % levels.ndim else 1 for k in range(levels.ndim)]
+        scale, zero = scale.reshape(shape), zero.reshape(shape)
+    value = (levels - zero) * scale
+    if original is not None:
+        half_a_step = scale / 2
+        if stored.data_type == TensorProto.FLOAT8E4M3FN:  # 3 bits behind the point, down to 2^-9
+            half_a_step = np.maximum(np.abs(value) * 2.0**-4, scale * 2.0**-10)
+        wanted = numpy_helper.to_array(original)
+        slack = np.abs(value) * 2.0**-20 + half_a_step * 1e-3  # scales and quotients are float32 themselves
+        if wanted.shape == value.shape and np.all(np.abs(wanted - value) <= half_a_step + slack):
+            return wanted
+    return value.astype(np.float32)
+
+
+def _restore_activations(
+    nodes: list[onnx.NodeProto], ranges: dict[str, tuple[float, float]], original: onnx.ModelProto, there: set[str]
+) -> set[str]:
+    """Put each Relu and Clip back into ``nodes`` that ONNX Runtime left to the range of the Q/DQ pair behind it.
+
+    Only where the pair's range is within the activation's own.  Returns the names of the constants that they read.
+    """
+    exact = {tensor.name: tensor for tensor in original.graph.initializer}
+    read: set[str] = set()
+    for activation in original.graph.node:
+        value = activation.output[0]
+        if activation.op_type not in ("Relu", "Clip") or activation.name in there or value not in ranges:
+            continue
+        bounds = [float(numpy_helper.to_array(exact[name]).item()) for name in activation.input[1:] if name]
+        if activation.op_type == "Clip" and len(bounds) < 2:
+            continue
+        least, most = bounds or (0.0, np.inf)
+        slack = 1e-3 * (ranges[value][1] - ranges[value][0])
+        if least - slack <= ranges[value][0] and ranges[value][1] <= most + slack:
+            place = next(k for k, node in enumerate(nodes) if value in node.output)
+            nodes[place].output[list(nodes[place].output).index(value)] = activation.input[0]
+            nodes.insert(place + 1, activation)
+            read |= set(activation.input[1:])
+    return read
+
+
 def with_modelopt(
     model: onnx.ModelProto, images: np.ndarray, *, kind: Literal["int8", "fp8"], keep: Collection[str], method: Method
 ) -> onnx.ModelProto:
     """NVIDIA's ModelOpt in place of ONNX Runtime's quantiser: the same nodes, and its own places for Q/DQ.
 
-    It knows ``max`` (for ``minmax``) and ``entropy``, and holds all of ``images`` in memory.
+    ``method``: one of `MODELOPT_METHODS`.  It holds all of ``images`` in memory, and measures anew for every graph.
+
+    Raises:
+        WorkError: ModelOpt fails.
     """
     from modelopt.onnx.quantization import quantize as modelopt_quantise  # pyright: ignore[reportMissingImports]
 
     with tempfile.TemporaryDirectory() as folder, _hushed():
         source, target = Path(folder) / "model.onnx", Path(folder) / "quantised.onnx"
         onnx.save(model, source)
-        modelopt_quantise(
-            str(source),
-            quantize_mode=kind,
-            calibration_data={"image": images},
-            calibration_method="entropy" if method == "entropy" and kind == "int8" else "max",
-            calibration_eps=["cpu"],
-            nodes_to_exclude=[re.escape(name) for name in sorted(keep)],
-            output_path=str(target),
-            log_level="ERROR",
-            high_precision_dtype="fp32",  # the rest is lowered here, so that kept nodes are kept
-        )
-        return onnx.load(target)
+        try:
+            modelopt_quantise(
+                str(source),
+                quantize_mode=kind,
+                calibration_data={"image": images},
+                calibration_method=MODELOPT_METHODS[kind][method],
+                calibration_eps=["cpu"],
+                nodes_to_exclude=[f"{re.escape(name)}$" for name in sorted(keep)],  # it matches beginnings of names
+                output_path=str(target),
+                log_level="ERROR",
+                high_precision_dtype="fp32",  # the rest is lowered here, so that kept nodes are kept
+            )
+            return onnx.load(target)
+        except Exception as error:  # it raises whatever its parts raise
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise WorkError(
+                f"ModelOpt cannot quantise the graph to {kind} ({reason}); use --quantiser onnxruntime"
+            ) from error
+
+
+def quantised_products(model: onnx.ModelProto) -> list[str]:
+    """Names of the multiplications in ``model`` whose second factor, as a rule the weights, comes out of a Q/DQ node."""
+    from_levels = {name for node in model.graph.node if node.op_type == "DequantizeLinear" for name in node.output}
+    return [node.name for node in model.graph.node if node.op_type in PRODUCTS and node.input[1] in from_levels]
 
 
 def _fp8(name: str, value: np.ndarray) -> onnx.TensorProto:

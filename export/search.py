@@ -17,10 +17,12 @@ import numpy as np
 from export.engine import Engine, OnnxEngine, default_threads
 from export.figures import Answers, answers, localisation, per_image, summarise
 from export.gate_images import GateImages
-from export.judged import serialise
+from export.judged import Judging, Say, judging_images, serialise
 from export.precision import Rewriter, Rewritten
 from export.source import Source
 from export.throughput import images_per_second
+from export.verify import progress_bar
+from pipeline.errors import WorkError
 
 if TYPE_CHECKING:
     import onnx
@@ -135,6 +137,37 @@ def search(
         order=order,
         within=bool(good),
     )
+
+
+def searched(
+    rewriter: Rewriter,
+    source: Source,
+    judging: Judging,
+    *,
+    calibration: GateImages | None,
+    size_of: Callable[[onnx.ModelProto], int],
+    say: Say = print,
+) -> Rewritten:
+    """`search` for the commands: on the images of the gate, with the table; returns the graph that was chosen.
+
+    Raises:
+        WorkError: no step is within the limit.
+    """
+    max_drop = judging.max_drop if judging.max_drop is not None else DEFAULT_DROP
+    images, _ = judging_images(source, judging, calibration)
+    with progress_bar(len(rewriter.candidates()), "search") as advance:
+        found = search(
+            rewriter, source, images, max_drop=max_drop, threads=judging.threads, size_of=size_of, progress=advance
+        )
+    say(f"search for a loss of at most {max_drop:g} in LE and mask IoU (* Pareto front, > chosen):")
+    for line in table_lines(found):
+        say(line)
+    if not found.within:
+        raise WorkError(
+            f"no mix of {rewriter.name} and higher precisions keeps the loss within {max_drop:g}; allow more with "
+            "--max-drop, or choose a higher --precision"
+        )
+    return found.rewritten
 
 
 def _rise_of_le(expected: Answers, found: Answers, images: GateImages, size: int) -> float | None:

@@ -56,11 +56,13 @@ def open_session(path: Path, provider: Provider, threads: int, data: bytes | Non
     if precision == "fp8":  # its optimiser takes fp8 for int8 when it fuses: other masks, and no error
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     chain = {"cpu": ["cpu"], "cuda": ["cuda", "cpu"], "tensorrt": ["tensorrt", "cuda", "cpu"]}[wanted]
+    # By default a GPU multiplies float32 in TF32, with 10 bits of mantissa.  The provider tensorrt cannot be told not to.
+    exact = {"cuda": {"use_tf32": "0"}}
     try:
         session = onnxruntime.InferenceSession(
             str(path) if data is None else data,
             options,
-            providers=[ORT_PROVIDERS[name] for name in chain],
+            providers=[(ORT_PROVIDERS[name], exact.get(name, {})) for name in chain],
             enable_fallback=0,  # or a failure, also of a later run, would be repeated on the CPU
         )
     except Exception as error:  # ONNX Runtime's exceptions have no public base but Exception

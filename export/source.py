@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export.engine import Engine, OnnxEngine, default_threads
-from export.gate_images import GateImages, gate_images
+from export.gate_images import GateImages, apart_from, gate_images
 from export.manifest import Calibration, Manifest, describe, now, versions_of
 from pipeline.errors import UsageError
 
@@ -47,9 +47,15 @@ class Source:
 
         return GraphConfig(**self.manifest.options)
 
-    def images(self, data: str | None, count: int, flag: str) -> GateImages:
-        """The images of ``data``, else the bundle's samples, else noise."""
-        return gate_images(self.manifest, self.bundle.samples if self.bundle else None, data, count, flag=flag)
+    def images(self, data: str | None, count: int, flag: str, *, calibration: GateImages | None = None) -> GateImages:
+        """The images of ``data``, else the bundle's samples, else noise: those not in ``calibration``, if there are any."""
+        samples = self.bundle.samples if self.bundle else None
+        if calibration is None:
+            return gate_images(self.manifest, samples, data, count, flag=flag)
+        everything = count + len(calibration.images) if data is None else count
+        found = gate_images(self.manifest, samples, data, everything, flag=flag)
+        unseen = apart_from(found, calibration)
+        return unseen.first(count) if len(unseen.images) else found.first(count)
 
     def describe(self, rewritten: Rewritten, calibration: GateImages | None, method: str, *, rebuild: str) -> Manifest:
         """The manifest of a graph rewritten from this one."""
@@ -67,6 +73,7 @@ class Source:
                 "precision_details": rewritten.details,
                 "calibration": seen,
                 "parity": None,
+                "throughput": None,
                 "versions": versions_of(*TOOLS, "nvidia-modelopt"),
                 "rebuild": rebuild,
             }
@@ -122,10 +129,15 @@ def open_source(arguments: Any, config: GraphConfig | None = None, opset: int | 
 
 
 def calibration_images(source: Source, arguments: Any) -> GateImages | None:
-    """The images of ``--calib-data`` (of its training split, where it has one), else the bundle's samples, if any."""
+    """The images of ``--calib-data`` (of its training split, where it has one), else the bundle's samples, if any.
+
+    Where the gate takes the samples, too, only every second one, so that it has others to judge by.
+    """
     samples = source.bundle.samples if source.bundle else None
     if arguments.calib_data is None and (samples is None or not len(samples)):
         return None
+    if samples is not None and arguments.parity_data is None:
+        samples = samples[::2]
     return gate_images(
         source.manifest, samples, arguments.calib_data, arguments.calib_images, flag="--calib-data",
         splits=("train", "val", "test"),

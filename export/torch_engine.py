@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +13,24 @@ import torch
 from export.engine import EngineInfo, as_soft_mask, checked, checked_tensor
 from export.graph import DeployableGraph, GraphConfig
 from pipeline.bundle import Bundle, load_bundle
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """float32 as float32 within: torch lets a GPU convolve in TF32, with 10 bits of mantissa, unless it is told not to.
+
+    The flags are the process's, and have their values again afterwards; a kernel takes what holds when it is launched.
+    Not for two threads at a time (the one that ends first would give the flags back under the other), and not around an
+    export, in which torch asks for its older flags, and refuses to tell them while the newer ones say something else.
+    """
+    convolution: Any = torch.backends.cudnn.conv  # pyright: ignore[reportAttributeAccessIssue]
+    product = torch.backends.cuda.matmul
+    before = convolution.fp32_precision, product.fp32_precision
+    convolution.fp32_precision = product.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        convolution.fp32_precision, product.fp32_precision = before
 
 
 class TorchEngine:
@@ -57,12 +78,22 @@ class TorchEngine:
     def outputs(self, images: np.ndarray) -> dict[str, np.ndarray]:
         """See `export.engine.Engine.outputs`."""
         pixels = torch.from_numpy(np.require(checked(images, self.info), requirements="W"))
-        return {name: value.cpu().numpy() for name, value in self._run(pixels.to(self._device)).items()}
+        if self._device.type == "cpu":
+            return {name: value.numpy() for name, value in self._run(pixels).items()}
+        found = self._run(pixels.pin_memory().to(self._device, non_blocking=True))
+        return {name: _through_pinned(value).numpy() for name, value in found.items()}
 
     def tensors(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """See `export.engine.Engine.tensors`."""
-        return self._run(checked_tensor(images, self.info))
+        gpu = next(self._graph.parameters()).device.index
+        return self._run(checked_tensor(images, self.info, gpu))
 
     @torch.inference_mode()
     def _run(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-        return dict(zip(self._graph.config.output_names, self._graph(pixels), strict=True))
+        with exact_float32():
+            return dict(zip(self._graph.config.output_names, self._graph(pixels), strict=True))
+
+
+def _through_pinned(value: torch.Tensor) -> torch.Tensor:
+    """A tensor of a GPU in the host's memory, which is not pinned itself: a caller may keep any number of results."""
+    return torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value).clone()

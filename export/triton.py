@@ -7,25 +7,82 @@ compiled from.
 from __future__ import annotations
 
 import shutil
+import uuid
+from collections.abc import Sequence
 from pathlib import Path
 
-from export.files import whole, write_text
-from export.manifest import Manifest, Port
+from export.manifest import Manifest, Port, Profile, manifest_path
 from export.verify import compiled_graph
+from pipeline.errors import UsageError
 
 _TYPES = {"uint8": "TYPE_UINT8", "float32": "TYPE_FP32", "int64": "TYPE_INT64"}
+_OURS = {"config.pbtxt", "labels.txt", "1", "1/model.onnx", "1/model.plan", "1/model.plan.json"}
+_DISABLE_ALL = 2
+"""Of the levels that Triton's ONNX Runtime backend knows; its README lists them."""
+
+
+def check_profiles(profiles: Sequence[Profile]) -> None:
+    """Make sure that some profile of a plan takes each batch up to the largest: Triton fills none up, `PlanEngine` does.
+
+    Raises:
+        UsageError: there is a gap.
+    """
+    most = max(profile.max for profile in profiles)
+    gap = [k for k in range(1, most + 1) if not any(profile.min <= k <= profile.max for profile in profiles)]
+    if gap:
+        raise UsageError(
+            f"--triton: no profile takes a batch of {gap[0]}, and Triton fills batches up for none; build with --batch "
+            f"from 1 up and without gaps, such as --batch 1,{profiles[0].opt},{most}"
+        )
 
 
 def write_model_folder(repository: Path, engine: Path, manifest: Manifest) -> Path:
-    """Write ``repository``/<name>/{config.pbtxt, labels.txt, 1/model.*}; returns that folder."""
+    """Write ``repository``/<name>/{config.pbtxt, labels.txt, 1/model.*}, all of it or nothing; returns that folder.
+
+    Raises:
+        UsageError: the folder cannot be written or holds something else, or Triton could not serve the plan's profiles.
+    """
     folder = repository / engine.stem
     plan = manifest.backend == "tensorrt"
-    source, target = (engine, "model.plan") if plan else (compiled_graph(engine), "model.onnx")
-    with whole(folder / "1" / target, "--triton") as partial:
-        shutil.copyfile(source, partial)
-    write_text(folder / "labels.txt", "".join(f"{name}\n" for name in manifest.class_names), "--triton")
-    write_text(folder / "config.pbtxt", configuration(engine.stem, manifest, plan=plan), "--triton")
+    if plan:
+        check_profiles(manifest.profiles)
+    strangers = sorted({str(path.relative_to(folder)) for path in folder.rglob("*")} - _OURS)
+    if strangers:
+        raise UsageError(
+            f"--triton: {folder} holds {strangers[0]}, which is none of ours; move it, or give another folder"
+        )
+    partial = repository / f".{folder.name}.{uuid.uuid4().hex[:8]}.partial"
+    model = partial / "1" / ("model.plan" if plan else "model.onnx")
+    try:
+        model.parent.mkdir(parents=True)
+        shutil.copyfile(engine if plan else compiled_graph(engine), model)
+        if plan:
+            # Not for Triton: for export.doctor, and for whoever wonders what the plan is.
+            manifest_path(model).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        (partial / "labels.txt").write_text("".join(f"{name}\n" for name in manifest.class_names), encoding="utf-8")
+        (partial / "config.pbtxt").write_text(configuration(engine.stem, manifest, plan=plan), encoding="utf-8")
+        _put(partial, folder)
+    except OSError as error:
+        raise UsageError(
+            f"cannot write {folder}: {error.strerror or error}; give --triton a writable place with enough room"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def _put(new: Path, folder: Path) -> None:
+    """Give ``new`` the name ``folder``; what had it before goes, or keeps it when that fails."""
+    old = new.with_suffix(".old")
+    if folder.exists():
+        folder.rename(old)
+    try:
+        new.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def configuration(name: str, manifest: Manifest, *, plan: bool) -> str:
@@ -34,7 +91,7 @@ def configuration(name: str, manifest: Manifest, *, plan: bool) -> str:
     # A plan takes a batch only by a profile that holds it, and Triton uses the first alone unless it is told of the others.
     profiles = ", ".join(f'"{index}"' for index in range(len(manifest.profiles)))
     instance = f"count: 1 kind: KIND_GPU profile: [ {profiles} ]" if plan else "count: 1 kind: KIND_GPU"
-    preferred = ", ".join(str(profile.opt) for profile in manifest.profiles)
+    preferred = ", ".join(str(size) for size in sorted({profile.opt for profile in manifest.profiles}))
     lines = [
         f'name: "{name}"',
         f'platform: "{"tensorrt_plan" if plan else "onnxruntime_onnx"}"',
@@ -43,6 +100,7 @@ def configuration(name: str, manifest: Manifest, *, plan: bool) -> str:
         *_ports("output", manifest.outputs),
         f"dynamic_batching {{ preferred_batch_size: [ {preferred} ] max_queue_delay_microseconds: 2000 }}",
         f"instance_group [ {{ {instance} }} ]",
+        *([] if plan else _as_in_session(manifest)),
         "model_warmup [ {",
         '  name: "first batch"',
         f"  batch_size: {manifest.profiles[0].opt}",
@@ -51,6 +109,16 @@ def configuration(name: str, manifest: Manifest, *, plan: bool) -> str:
         "} ]",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _as_in_session(manifest: Manifest) -> list[str]:
+    """What `export.session` asks of ONNX Runtime so that masks are right, in Triton's words."""
+    # One optimiser alone, as for int8 in a session, cannot be disabled there: so none runs.
+    level = [f"  graph {{ level: {_DISABLE_ALL} }}"] if manifest.precision in ("int8", "fp8") else []
+    cuda = 'name: "cuda" parameters { key: "use_tf32" value: "0" }'
+    return [
+        "optimization {", *level, f"  execution_accelerators {{ gpu_execution_accelerator [ {{ {cuda} }} ] }}", "}",
+    ]  # fmt: skip
 
 
 def _ports(kind: str, ports: list[Port]) -> list[str]:

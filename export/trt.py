@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from export.precision import CALIBRATED, Name, Rewriter, Rewritten, add_judging, add_rewriting
+from export.precision import CALIBRATED, Name, Rewriter, Rewritten, add_judging, add_rewriting, use_modelopt
 from export.trace import DEFAULT_OPSET, OPSETS
 from pipeline.cli import Parser, run
-from pipeline.errors import UsageError, WorkError
+from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
     from export.backend import Backend
@@ -94,11 +94,13 @@ def make(arguments: Any, out: Path, judging: Judging, *, rebuild: str) -> Manife
     from export.build import batch_sizes_of, build, check_config
     from export.files import ensure_writable
     from export.graph import GraphConfig
-    from export.judged import judge_engine, serialise
+    from export.judged import check_source, judge_engine, serialise
     from export.source import calibration_images, open_source
     from export.throughput import measured
+    from export.triton import check_profiles
 
     name = graph_name(arguments)
+    use_modelopt(name, arguments.quantiser, arguments.calib_method)  # refuses before any work
     config = build_config(arguments)
     backend = load_backend(arguments.backend)
     check_config(config, backend)
@@ -106,11 +108,21 @@ def make(arguments: Any, out: Path, judging: Judging, *, rebuild: str) -> Manife
     if config.timing_cache is not None:
         ensure_writable(config.timing_cache, "--timing-cache")
     if arguments.triton:
+        if backend.name == "tensorrt":
+            check_profiles(config.profiles)
         ensure_writable(Path(arguments.triton) / out.stem / "config.pbtxt", "--triton")
     source = open_source(arguments, GraphConfig(mask_dtype=arguments.mask_dtype or "float"), arguments.opset)
+    for option in ("resize", "dynamic_size"):
+        if source.manifest.options.get(option):
+            raise UsageError(
+                f"{source.path} takes images of any size, but a plan is built for one; export it without "
+                f"--{option.replace('_', '-')}"
+            )
     print(f"source: {source.path} ({source.manifest.architecture}), {name} with {backend.name} {backend.version}")
+    remarks = check_source(source, judging)
     calibration = calibration_images(source, arguments) if name in CALIBRATED else None
-    rewritten = rewrite(arguments, name, source, calibration, backend, config, judging)
+    rewritten, further = rewrite(arguments, name, source, calibration, backend, config, judging)
+    remarks += further
     manifest = source.describe(rewritten, calibration, arguments.calib_method, rebuild=rebuild)
     graph = serialise(rewritten.model, manifest)
     built = build(graph, backend, config)
@@ -118,7 +130,7 @@ def make(arguments: Any, out: Path, judging: Judging, *, rebuild: str) -> Manife
     manifest = describe_plan(manifest, graph, built, backend, config)
     engine, notes = open_built(out, graph, built, rewritten, manifest, judging)
     parity = judge_engine(
-        engine, source, out, judging, notes=[*rewritten.notes, *built.notes, *notes], say=print,
+        engine, source, out, judging, calibration=calibration, notes=[*remarks, *built.notes, *notes], say=print,
         batches=batch_sizes_of(config.profiles),
     )  # fmt: skip
     rates = measured(engine, source.images(None, 8, "--parity-data").images, opt=manifest.profiles[0].opt)
@@ -168,11 +180,11 @@ def rewrite(
     backend: Backend,
     config: BuildConfig,
     judging: Judging,
-) -> Rewritten:
-    """The graph in the wanted precision, after a search where one is asked for."""
+) -> tuple[Rewritten, list[str]]:
+    """The graph in the wanted precision, after a search where one is asked for, and what has to be said about it."""
     from export.build import build
-    from export.judged import serialise
-    from export.search import DEFAULT_DROP, search, table_lines
+    from export.judged import check_rewriting, serialise
+    from export.search import searched
     from export.verify import progress_bar
 
     with progress_bar(len(calibration.images) if calibration else 0, "calibration") as advance:
@@ -180,23 +192,14 @@ def rewrite(
             source.model, name, calibration=calibration, method=arguments.calib_method, progress=advance,
             keep_ops=[op for op in arguments.keep_fp32.split(",") if op], quantiser=arguments.quantiser,
         )  # fmt: skip
-        if not arguments.search:
-            return rewriter.rewrite()
-    max_drop = arguments.max_drop if arguments.max_drop is not None else DEFAULT_DROP
-    images = source.images(judging.data, judging.images, "--parity-data")
-    with progress_bar(len(rewriter.candidates()), "search") as advance:
-        found = search(
-            rewriter, source, images, max_drop=max_drop, threads=judging.threads, progress=advance,
-            size_of=lambda model: len(build(serialise(model, source.manifest), backend, config).plan),
-        )  # fmt: skip
-    print(f"search for a loss of at most {max_drop:g} in LE and mask IoU (* Pareto front, > chosen):")
-    print(*table_lines(found), sep="\n")
-    if not found.within:
-        raise WorkError(
-            f"no mix of {name} and higher precisions keeps the loss within {max_drop:g}; allow more with --max-drop, or choose a "
-            "higher --precision"
-        )
-    return found.rewritten
+        if arguments.search:
+            rewritten = searched(
+                rewriter, source, judging, calibration=calibration,
+                size_of=lambda model: len(build(serialise(model, source.manifest), backend, config).plan),
+            )  # fmt: skip
+        else:
+            rewritten = rewriter.rewrite()
+    return rewritten, check_rewriting(rewriter, rewritten, source, judging)
 
 
 def describe_plan(manifest: Manifest, graph: bytes, built: Built, backend: Backend, config: BuildConfig) -> Manifest:
@@ -245,15 +248,20 @@ def open_built(
     from export.judged import serialise
     from export.verify import compiled_graph
 
-    if gpus():
+    here = gpus()[0] if gpus() else None
+    if here and (not manifest.compute_capabilities or here.compute_capability in manifest.compute_capabilities):
         from export.plan_engine import PlanEngine
 
         return PlanEngine(out, manifest=manifest, plan=built.plan), []
     judged = "the very graph that it was compiled from" if rewritten.stand_in is None else "an emulation of its graph"
-    note = f"no GPU here, so {out.name} was built and not run: judged {judged}, in ONNX Runtime on the CPU"
+    reason = f"no GPU here, so {out.name} was built and not run"
+    if here is not None:
+        reason = f"{out.name} was built for other cards than the {here.name} here, so it was not run"
+    note = f"{reason}: judged {judged}, in ONNX Runtime on the CPU"
     data = graph if rewritten.stand_in is None else serialise(rewritten.stand_in, manifest)
     threads = judging.threads or default_threads()
-    return OnnxEngine(compiled_graph(out), provider="cpu", threads=threads, data=data), [note]
+    engine = OnnxEngine(compiled_graph(out), provider="cpu", threads=threads, data=data)
+    return engine, [*rewritten.notes, note]
 
 
 def write_engine(out: Path, graph: bytes, plan: bytes, manifest: Manifest) -> None:

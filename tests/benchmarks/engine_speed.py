@@ -2,14 +2,16 @@
 
     python -m tests.benchmarks.engine_speed [--init resnet50] [--image-size 224] [--batch 1,64,256] [--out result.json]
 
-Made for a GPU; with ``--device cpu`` everything that a CPU runs is run, to try the script.  Random weights, since only time
-is measured.  Images lie on the device and answers stay there, so that the network is what is timed; one row has the copies
-of pinned memory both ways as well.  Contestants: torch in float32 (no TF32), torch and torch.compile in bfloat16, ONNX
-Runtime and TensorRT(-RTX) in fp32, fp16 and int8; each with the mask and as the plain classifier, which is the same graph
-cut at the logits.  What cannot run is in the result with its error.  Ceilings: the largest of a few matrix products in
-bfloat16, and copies from pinned memory.  ``share_of_matrix_peak``: the network's multiply-adds times two, times images per
-second, over that; ``share_of_copies``: the same of the images that the copies alone could bring.  ``mask_costs``: time with
-the mask over time without.  The gate of `export.parity` judges the answers of the same engines, and of torch in bfloat16.
+Made for a GPU; with ``--device cpu`` everything that a CPU runs is run, to try the script.  Random weights, as only
+time is measured.  Images lie on the device and answers stay there, so that the network is what is timed; one row has
+the copies of pinned memory both ways as well, and rows "through the host" are `Engine.outputs`, as a program calls it:
+arrays in, arrays out.  Contestants: torch in float32 (no TF32), torch and torch.compile in bfloat16, ONNX Runtime and
+TensorRT(-RTX) in fp32, fp16, bf16, int8 and fp8; each with the mask and as the plain classifier, which is the same
+graph cut at the logits.  What cannot run is in the result with its error.  Ceilings: the largest of a few matrix
+products in bfloat16, and copies from pinned memory.  ``share_of_matrix_peak``: the network's multiply-adds times two,
+times images per second, over that; ``share_of_copies``: the same of the images that the copies alone could bring.
+``mask_costs``: time with the mask over time without.  The gate of `export.parity` judges the answers of the same
+engines, and of torch in bfloat16; the script exits with 1 when it fails one of them.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ from export import trt as export_trt
 from export.backend import load_backend
 from export.build import BuildConfig, build, parse_profile
 from export.engine import Engine, OnnxEngine, default_threads, open_engine
-from export.gate import Thresholds, judge
+from export.gate import ParityFailure, Thresholds, judge
 from export.gate_images import from_noise
 from export.gpu import gpus
 from export.graph import DeployableGraph
@@ -52,8 +54,8 @@ from tests.benchmarks.explanation_cost import a_bundle
 
 LEAST_RUNS = 5
 JUDGED_IMAGES = 16
-ALONE = ", classifier alone"
-PRECISIONS = {"fp32": "fp32", "fp16": "fp16", "int8": "int8-tensorrt"}
+ALONE, HOST = ", classifier alone", ", through the host"
+PRECISIONS = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16", "int8": "int8-tensorrt", "fp8": "fp8"}
 """Of `export.trt`, and what `export.precision` calls them."""
 Answer = Callable[[Tensor], Any]
 
@@ -75,6 +77,14 @@ def main() -> None:
     print(json.dumps(result, indent=1))
     if flags.out:
         flags.out.write_text(json.dumps(result, indent=1) + "\n")
+    if failed := failures(result):
+        sys.exit(f"the gate failed {', '.join(failed)}: their times are of other answers than the bundle's")
+
+
+def failures(result: dict[str, Any]) -> list[str]:
+    """What the gate failed: engines at the end, and exports that were not written because of it."""
+    exports = [name for name, reason in result["cannot_run"].items() if reason.startswith(ParityFailure.__name__)]
+    return exports + [name for name, verdict in result["gate"].items() if verdict.startswith("failed")]
 
 
 def measure(flags: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -136,6 +146,7 @@ def contestants(
             in_torch(bundle, flags, torch.bfloat16, mask=False), dynamic=False
         ),
         "torch bf16, with copies": lambda: with_copies(in_torch(bundle, flags, torch.bfloat16), flags),
+        "torch fp32" + HOST: lambda: through_host(TorchEngine(bundle.path, device=flags.device, bundle=bundle)),
     }
 
     profile = f"1,{min(64, largest)},{largest}"
@@ -144,8 +155,10 @@ def contestants(
         made |= {
             f"onnxruntime {precision}": lambda graph=graph: in_onnxruntime(bundle, graph, flags),
             f"onnxruntime {precision}" + ALONE: lambda graph=graph: alone(graph, flags),
+            f"onnxruntime {precision}" + HOST: lambda graph=graph: through_host(opened(graph, flags)),
             f"tensorrt {precision}": lambda plan=plan: in_tensorrt(bundle, plan, profile),
             f"tensorrt {precision}" + ALONE: lambda plan=plan: plan_alone(plan, profile),
+            f"tensorrt {precision}" + HOST: lambda plan=plan: through_host(opened(plan, flags)),
         }
     return made
 
@@ -227,14 +240,33 @@ def in_torch(bundle: Bundle, flags: argparse.Namespace, dtype: torch.dtype, *, m
 
 
 def with_copies(answer: Answer, flags: argparse.Namespace) -> Answer:
-    """From pinned memory to the device, and the answers back."""
+    """From pinned memory to the device, and the answers back to such; the first call, which warms up, allocates it."""
+    pinned = flags.device == "cuda"
+    rooms: dict[torch.Size, tuple[Tensor, list[Tensor]]] = {}
 
-    def timed(images: Tensor) -> Any:
-        host = images.cpu()
-        host = host.pin_memory() if flags.device == "cuda" else host
-        return [value.float().cpu() for value in answer(host.to(flags.device, non_blocking=True))]
+    def timed(images: Tensor) -> list[Tensor]:
+        if images.shape not in rooms:
+            host = torch.empty(images.shape, dtype=images.dtype, pin_memory=pinned).copy_(images)
+            answers = [torch.empty(v.shape, dtype=v.dtype, pin_memory=pinned) for v in answer(images)]
+            rooms[images.shape] = host, answers
+        host, answers = rooms[images.shape]
+        for room, value in zip(answers, answer(host.to(flags.device, non_blocking=True)), strict=True):
+            room.copy_(value, non_blocking=True)
+        return answers
 
     return timed
+
+
+def through_host(engine: Engine) -> Answer:
+    """`Engine.outputs`, which takes and gives arrays of the host's memory."""
+    arrays: dict[torch.Size, np.ndarray] = {}
+
+    def answer(images: Tensor) -> dict[str, np.ndarray]:
+        if images.shape not in arrays:
+            arrays[images.shape] = images.cpu().numpy()
+        return engine.outputs(arrays[images.shape])
+
+    return answer
 
 
 def seconds_of(call: Callable[[], object], flags: argparse.Namespace) -> float:
@@ -281,15 +313,15 @@ def count_flops(bundle: Bundle, size: int) -> float:
 
 
 def gate(make: Callable[[], Engine], bundle: Bundle, flags: argparse.Namespace) -> str:
-    """The gate's verdict on the answers of an engine, where it runs."""
+    """The gate's verdict on the answers of an engine: "passed", "failed: ...", or "not run: ..."."""
     try:
         engine = make()
         images = from_noise(flags.image_size, JUDGED_IMAGES)
         reference = TorchEngine(bundle.path, bundle=bundle)
         verdict = judge(reference, engine, images, thresholds=Thresholds.of(engine.info.precision))
     except Exception as error:
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    return "passed" if verdict.passed else "; ".join(str(error) for error in verdict.errors[:3])
+        return f"not run: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return "passed" if verdict.passed else f"failed: {'; '.join(str(error) for error in verdict.errors[:3])}"
 
 
 if __name__ == "__main__":

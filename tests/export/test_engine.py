@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper
 
+from export import session as sessions
 from export.engine import default_threads, open_engine
 from export.files import file_sha256
+from export.gpu import Gpu
 from export.manifest import METADATA_KEY
 from pipeline.errors import UsageError
 
@@ -123,3 +128,55 @@ def test_a_provider_that_is_not_there_is_an_error_and_no_fall_back(exported, bun
     for path in (exported.path, bundle.path):
         with pytest.raises(UsageError, match=r"no NVIDIA GPU|runs in torch"):
             open_engine(path, provider=provider)
+
+
+def test_float32_is_float32_in_onnx_runtime_on_a_gpu(exported, monkeypatch):
+    asked = {}
+
+    def session(*_: object, providers: list[tuple[str, dict]], **__: object) -> None:
+        asked.update(providers)
+        raise RuntimeError("no card")
+
+    monkeypatch.setattr(sessions, "gpus", lambda: (Gpu("NVIDIA L4", "8.9", "13.2"),))
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    for provider in ("cuda", "tensorrt"):
+        asked.clear()
+        with pytest.raises(UsageError, match="no card"):
+            open_engine(exported.path, provider=provider)
+        assert asked["CUDAExecutionProvider"] == {"use_tf32": "0"} and asked["CPUExecutionProvider"] == {}
+
+
+def test_float32_is_float32_in_torch_while_an_engine_runs(bundle, monkeypatch):
+    def flags() -> tuple[Any, Any]:
+        convolution: Any = torch.backends.cudnn.conv  # pyright: ignore[reportAttributeAccessIssue]
+        return convolution.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+
+    engine, before, seen = open_engine(bundle.path, provider="cpu", threads=1), flags(), []
+    assert before[0] == "tf32", "torch's default, without which there is nothing to test"
+    engine._graph.register_forward_hook(lambda *_: seen.append(flags()))  # pyright: ignore[reportAttributeAccessIssue]
+    engine.infer(bundle.samples[:1])
+    engine.tensors(torch.from_numpy(bundle.samples[:1]))
+    assert seen == [("ieee", "ieee")] * 2 and flags() == before
+
+
+def test_a_bundles_copies_to_and_from_a_gpu_are_pinned_and_what_is_returned_is_not(bundle, monkeypatch):
+    engine, images = open_engine(bundle.path, provider="cpu", threads=1), bundle.samples[:3]
+    expected, rooms, empty = engine.outputs(images), [], torch.empty
+
+    def room(*shape, pin_memory=False, **options):
+        made = empty(*shape, **options)
+        if pin_memory:
+            rooms.append(made)
+        return made
+
+    def pinned(pixels):
+        return SimpleNamespace(to=lambda device, non_blocking: pixels if non_blocking else None)
+
+    monkeypatch.setattr(engine, "_device", torch.device("cuda"))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pinned)
+    monkeypatch.setattr(torch, "empty", room)
+    found = engine.outputs(images)
+    assert len(rooms) == 2
+    for pinned_one, (name, value) in zip(rooms, found.items(), strict=True):
+        assert np.array_equal(value, expected[name]) and np.array_equal(pinned_one.numpy(), value)
+        assert not np.shares_memory(pinned_one.numpy(), value)

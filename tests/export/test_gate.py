@@ -3,91 +3,35 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
-from onnx import helper, numpy_helper
+from onnx import helper
 
 from export import parity as command
-from export.engine import open_engine
+from export.engine import OnnxEngine, as_soft_mask, open_engine
 from export.figures import Answers, displacement, mask_iou, rank_correlation
-from export.gate import BatchError, LocalisationError, LogitsError, MaskError, MaskShapeError, Thresholds, check, judge
+from export.gate import (
+    BatchError,
+    LocalisationError,
+    LogitsError,
+    MaskError,
+    MaskShapeError,
+    Thresholds,
+    check,
+    judge,
+    untried_batches,
+)
 from export.gate_images import from_folder, from_noise, from_samples
 from export.graph import GraphConfig
 from export.onnx import export_onnx
 from export.torch_engine import TorchEngine
 from pipeline.data.planted import write_planted
 from pipeline.errors import UsageError
-
-
-def initialiser(model: onnx.ModelProto, name: str) -> onnx.TensorProto:
-    return next(tensor for tensor in model.graph.initializer if tensor.name == name)
-
-
-def scale_layer(model: onnx.ModelProto, part: str) -> None:
-    convolution = next(node for node in model.graph.node if node.op_type == "Conv" and part in node.input[1])
-    tensor = initialiser(model, convolution.input[1])
-    tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(1.05), tensor.name))
-
-
-def last_weights(model: onnx.ModelProto) -> str:
-    return [node for node in model.graph.node if node.op_type == "Conv"][-1].input[1]
-
-
-def rewire(model: onnx.ModelProto, name: str, *nodes: onnx.NodeProto, **constants: np.ndarray) -> None:
-    """Put ``nodes`` behind the value ``name``; they read `before` and give ``name``."""
-    for node in model.graph.node:
-        node.output[:] = ["before" if output == name else output for output in node.output]
-    model.graph.initializer.extend(numpy_helper.from_array(value, key) for key, value in constants.items())
-    kept = list(model.graph.node)
-    place = next(k for k, node in enumerate(kept) if "before" in node.output) + 1
-    del model.graph.node[:]
-    model.graph.node.extend([*kept[:place], *nodes, *kept[place:]])
-
-
-def wrong_mean(model: onnx.ModelProto) -> None:
-    tensor = next(
-        t for t in model.graph.initializer if list(t.dims) == [1, 3, 1, 1] and numpy_helper.to_array(t).max() < 0
-    )
-    tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) + np.float32(0.1), tensor.name))
-
-
-def swapped_channels(model: onnx.ModelProto) -> None:
-    cast = model.graph.node[0].output[0]
-    rewire(model, cast, helper.make_node("Gather", ["before", "order"], [cast], axis=3), order=np.array([2, 1, 0]))
-
-
-def shifted_mask(model: onnx.ModelProto) -> None:
-    shifted = np.maximum(np.arange(16) - 1, 0)
-    rewire(model, "mask", helper.make_node("Gather", ["before", "columns"], ["mask"], axis=2), columns=shifted)
-
-
-def row_dependent(model: onnx.ModelProto) -> None:
-    rewire(
-        model,
-        "mask",
-        helper.make_node("Shape", ["before"], ["rows"], start=0, end=1),
-        helper.make_node("ConstantOfShape", ["rows"], ["ones"], value=numpy_helper.from_array(np.ones(1, np.float32))),
-        helper.make_node("CumSum", ["ones", "axis"], ["place"]),
-        helper.make_node("Mul", ["place", "little"], ["offset"]),
-        helper.make_node("Reshape", ["offset", "column"], ["offsets"]),
-        helper.make_node("Sub", ["before", "offsets"], ["mask"]),
-        axis=np.array(0),
-        little=np.array(0.0005, np.float32),
-        column=np.array([-1, 1, 1]),
-    )
-
-
-SABOTEURS = {
-    "a layer of the classifier scaled by 1.05": (lambda model: scale_layer(model, "layer2.0.conv1"), LogitsError),
-    "a layer of the masker scaled by 1.05": (lambda model: scale_layer(model, last_weights(model)), MaskError),
-    "a wrong mean": (wrong_mean, LogitsError),
-    "swapped channels": (swapped_channels, LogitsError),
-    "the mask shifted by one cell": (shifted_mask, MaskShapeError),
-    "an error that depends on the row": (row_dependent, BatchError),
-}
+from tests.export._saboteurs import SABOTEURS, rewire, shifted_mask
 
 
 @pytest.mark.parametrize("name", SABOTEURS)
@@ -265,6 +209,47 @@ def test_worse_boxes_fail_and_better_ones_do_not():
     kinds = [type(error) for error in check(figures, Thresholds.of("int8").with_drop(0.005))]
     assert kinds == [MaskShapeError, LocalisationError]
     assert MaskError in [type(error) for error in check(figures, Thresholds())]
+
+
+def test_one_level_of_a_stored_mask_is_no_dependence_on_the_batch(exported, bundle):
+    """A mask in bytes turns the least difference before it into one level, which is more than float32 may differ by."""
+
+    class Flipping(OnnxEngine):
+        """Gives masks in bytes, of which the first cell differs by ``levels`` in every batch of more than one image."""
+
+        levels = 0
+
+        def outputs(self, images: np.ndarray) -> dict[str, np.ndarray]:
+            found = super().outputs(images)
+            mask = np.clip(np.round(255 * found["mask"]), 3, 250).astype(np.uint8)
+            mask[:, 0, 0] += self.levels * (len(images) > 1)
+            return found | {"mask": mask}
+
+        def infer(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            found = self.outputs(images)
+            return found["logits"], as_soft_mask(found["mask"])
+
+    engine = Flipping(exported.path, provider="cpu", threads=1)
+    reference, images = TorchEngine(bundle.path, bundle=bundle), from_samples(bundle.samples, 4)
+    limits = replace(Thresholds(), mask_mean_abs=1.0, mask_max_abs=1.0)
+    for engine.levels, kinds in ((1, []), (2, [BatchError])):
+        verdict = judge(reference, engine, images, thresholds=limits, largest_batch=4)
+        assert [type(error) for error in verdict.errors if isinstance(error, BatchError)] == kinds
+
+
+def test_batches_that_were_not_tried_are_named(exported, bundle):
+    engine, reference = open_engine(exported.path, threads=1), TorchEngine(bundle.path, bundle=bundle)
+    verdict = judge(
+        reference,
+        engine,
+        from_samples(bundle.samples, 2),
+        thresholds=Thresholds(),
+        batches=(1, 8, 256),
+        largest_batch=8,
+    )
+    (note,) = untried_batches(verdict, (1, 8, 256))
+    assert note.startswith("batches of 256 were not tried: on a CPU the largest one compared is 8")
+    assert untried_batches(verdict, (1, 8)) == []
 
 
 def test_noise_stands_in_where_there_is_nothing_else():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, numpy_helper
 
+from export import parity
 from export import precision as command
 from export import session as sessions
 from export.engine import open_engine
@@ -229,6 +232,19 @@ def test_fp8(source, images):
     assert np.abs(found[0] - expected[0]).mean() < 0.15 * expected[0].std()
 
 
+@pytest.mark.parametrize("name", ["fp16", "int8-cpu", "int8-tensorrt"])
+def test_polygraphy_reads_it(source, images, tmp_path, name):
+    path = tmp_path / "low.onnx"
+    onnx.save(Rewriter(source.model, name, calibration=images, quantiser="onnxruntime").rewrite().model, path)
+    said = subprocess.run(
+        [Path(sys.executable).with_name("polygraphy"), "inspect", "model", path, "--show", "layers"],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert "image [dtype=uint8, shape=('batch', 64, 64, 3)]" in said
+    assert "mask [dtype=float32, shape=('batch', 16, 16)]" in said
+    assert ("float16" in said) == (name != "int8-cpu") and ("QuantizeLinear" in said) == (name != "fp16")
+
+
 def test_restored_layers_are_one_step_higher(source, images):
     rewriter = Rewriter(source.model, "int8-tensorrt", calibration=images, quantiser="onnxruntime")
     large, small = rewriter.quantised_layers()[0], rewriter.candidates()[0]
@@ -267,7 +283,11 @@ def test_the_command_writes_a_graph_that_says_what_it_is(bundle, exported, tmp_p
     engine = open_engine(out, threads=1)
     manifest = engine.info.manifest
     assert engine.info.precision == "int8" and manifest["precision_details"]["name"] == "int8-cpu"
-    assert manifest["calibration"]["images"] == 8 and len(manifest["calibration"]["sha256"]) == 64
+    assert manifest["calibration"]["images"] == 8
+    assert manifest["calibration"]["sha256"] == from_samples(bundle.samples[::2], 8).sha256
+    assert manifest["parity"]["images_sha256"] == from_samples(bundle.samples[1::2], 8).sha256, "others than those"
     assert out.stat().st_size < 0.3 * exported.path.stat().st_size
+    parity.main(["--model", str(bundle.path), "--engine", str(out), "--images", "2", "--threads", "1"])
+    assert "calibrated on 8 images of the bundle's samples, which may be among these" in capsys.readouterr().out
     with pytest.raises(UsageError, match="is int8 already; start from the float32 graph"):
         from_graph(out)

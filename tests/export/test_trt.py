@@ -16,6 +16,7 @@ from export.build import BuildConfig, check_config, parse_profile
 from export.engine import open_engine
 from export.files import file_sha256
 from export.gpu import Gpu, gpus
+from export.graph import GraphConfig
 from export.manifest import Manifest, Profile, read_sidecar
 from export.plan_engine import check_fit, served
 from export.triton import configuration
@@ -290,6 +291,32 @@ def test_every_kind_of_backbone_in_low_precision(export_of, tmp_path, name, opti
             assert manifest.calibration.source == str(tmp_path / "data") and manifest.calibration.images == 16
 
 
+def test_byte_masks_in_int8(make_bundle, tmp_path):
+    bundle = make_bundle("timm:test_resnet", samples=8)
+    manifest = build(bundle, tmp_path / "model.plan", "--int8", "--mask-dtype", "uint8")
+    assert {port.name: port.dtype for port in manifest.outputs} == {"logits": "float32", "mask": "uint8"}
+    assert manifest.options == {"mask_dtype": "uint8"}
+    assert manifest.parity is not None and manifest.parity.passed
+
+
+@pytest.mark.parametrize(
+    "config, options, further",
+    [
+        (GraphConfig(upsampled=True), {}, {"mask_upsampled"}),
+        (GraphConfig(topk=3), {"class_conditional": True}, {"topk_labels", "topk_masks"}),
+        (GraphConfig(target_area=0.2), {"target_area": True}, set()),
+    ],
+    ids=["upsampled", "topk", "target-area"],
+)
+def test_every_kind_of_graph_becomes_an_engine(export_of, tmp_path, config, options, further):
+    made = export_of("timm:test_resnet", config, **options)
+    manifest = build(made.path, tmp_path / "model.plan", "--fp16")
+    assert manifest.outputs == made.manifest.outputs and manifest.options == made.manifest.options
+    assert {port.name for port in manifest.outputs} == {"logits", "mask"} | further
+    assert manifest.parity is not None and manifest.parity.passed
+    assert set(manifest.parity.figures["outputs"]) == further - {"topk_labels"}
+
+
 def test_batches_that_no_profile_covers_are_filled_up():
     profiles = [Profile(min=1, opt=1, max=1), Profile(min=4, opt=8, max=16)]
     assert [served(profiles, batch) for batch in (1, 2, 4, 5, 16)] == [1, 4, 4, 5, 16]
@@ -309,9 +336,10 @@ def test_the_doctor_explains_every_artefact(engines, exported, bundle, tmp_path,
     assert "an ONNX file" in said and "opset       onnx 20" in said and "usable here" in said
     doctor.main([str(bundle.path)])
     assert "torchvision:resnet18, 10 classes" in capsys.readouterr().out
-    doctor.main([f"{engines['int8']}.json"])
-    said = capsys.readouterr().out
+    lines, trouble = doctor.examine(Path(f"{engines['int8']}.json"))
+    said = "\n".join(lines)
     assert "calibrated  on 8 images" in said and "tensorrt-rtx" in said and "parity      passed" in said
+    assert doctor.examine(engines["int8"])[1] == trouble, "the manifest is judged by its engine"
     if not gpus():
         assert "needs an NVIDIA GPU" in complaint(doctor, engines["int8"], status=1)
     (tmp_path / "notes.txt").write_text("")
