@@ -2,6 +2,9 @@
 
 The loss barrier is the most that the cross-entropy rises, on the straight line between the two networks' weights, above
 the line between their losses (Frankle et al. 2020): near 0, both lie in one basin.
+
+BatchNorm statistics that lie between those of the two ends belong to no network, and would raise a barrier of their own;
+where the ends' differ, those of the networks between them are estimated on the images that are evaluated.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.backbone import Backbone
+from pipeline.batchnorm_statistics import estimate_statistics
 
 POINTS = 5
 """Places on the line at which the loss is measured, ends included."""
@@ -33,6 +37,8 @@ def compare_classifiers(
     losses = [float(F.cross_entropy(answers[0], targets))]
     for share in np.linspace(0, 1, POINTS)[1:-1]:
         between = interpolate(before, after, float(share))
+        if _other_statistics(before, after) and len(images) > 1:  # a single image has none
+            estimate_statistics(between, [between], images, batch_size=batch_size)
         losses.append(float(F.cross_entropy(_answers(between, images, batch_size), targets)))
     losses.append(float(F.cross_entropy(answers[1], targets)))
     return {
@@ -59,6 +65,16 @@ def interpolate(before: Backbone, after: Backbone, share: float) -> Backbone:
     }
     result.load_state_dict(mixed)
     return result
+
+
+def _other_statistics(before: Backbone, after: Backbone) -> bool:
+    """Whether a BatchNorm layer has learnt other statistics in the one network than in the other."""
+    theirs = dict(after.named_buffers())
+    return any(
+        not torch.equal(value, theirs[name])
+        for name, value in before.named_buffers()
+        if name.endswith(("running_mean", "running_var"))
+    )
 
 
 def _answers(network: Backbone, images: Tensor, batch_size: int) -> Tensor:

@@ -154,18 +154,29 @@ class Others(Fill):
 
 class RandomMixture(Fill):
     """Drawn anew for every image: half the time it is blurred, else one random colour with noise; what stays visible gets
-    a little noise too, so that no edge gives the mask away (Dabkowski & Gal 2017, released code, on their [-1, 1] scale)."""
+    a little noise too, so that no edge gives the mask away (Dabkowski & Gal 2017, released code).
+
+    ``spread``, ``noise`` and ``visible`` are stated for pixels in [-1, 1]; the data's ``std`` on the scale of 0 to 1
+    brings them to normalised space.
+    """
 
     def __init__(
-        self, *, sigma: float = 11.0, spread: float = 0.33, noise: float = 0.11, visible: float = 0.03
+        self,
+        *,
+        std: Sequence[float],
+        sigma: float = 11.0,
+        spread: float = 0.33,
+        noise: float = 0.11,
+        visible: float = 0.03,
     ) -> None:
         self.blur = Blur(sigma=sigma)
         self.spread, self.noise, self.visible = spread, noise, visible
+        self.scale = [0.5 / s for s in std]
 
     def content(self, x: Tensor, keep: Tensor, generator: torch.Generator | None = None) -> Tensor:
         options = {"generator": generator, "device": x.device, "dtype": x.dtype}
         colour = (2 * torch.rand((len(x), x.shape[1], 1, 1), **options) - 1) * self.spread  # (N, C, 1, 1)
-        flat = colour + self.noise * torch.randn(x.shape, **options)
+        flat = (colour + self.noise * torch.randn(x.shape, **options)) * self._scale(x)
         blurred = torch.rand((len(x), 1, 1, 1), **options) < 0.5
         return torch.where(blurred, self.blur.content(x, keep), flat)
 
@@ -173,7 +184,10 @@ class RandomMixture(Fill):
         with torch.no_grad():
             content = self.content(x, keep, generator)
             noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-        return (x + self.visible * noise) * keep + content * (1 - keep)
+        return (x + self.visible * self._scale(x) * noise) * keep + content * (1 - keep)
+
+    def _scale(self, x: Tensor) -> Tensor:
+        return x.new_tensor(self.scale)[:, None, None]  # (C, 1, 1)
 
 
 class User(Fill):
@@ -246,14 +260,14 @@ FILLS: dict[str, Callable[..., Fill]] = {
 
 
 def make_fill(name: str, options: Mapping[str, Any], *, mean: Sequence[float], std: Sequence[float]) -> Fill:
-    """The fill ``name`` with ``options``; colours learn the data's ``mean`` and ``std``.
+    """The fill ``name`` with ``options``; those that are stated in pixels learn the data's ``mean`` and ``std``.
 
     Raises:
         UsageError: no such fill, or options that it does not take.
     """
     if name not in FILLS:
         raise UsageError(f"fill {name!r}: use {', '.join(FILLS)}")
-    given = {"mean": mean, "std": std} if name in ("colour", "black") else {}
+    given = {"mean": mean, "std": std} if name in ("colour", "black") else {"std": std} if name == "random" else {}
     try:
         return FILLS[name](**given, **options)
     except (TypeError, ValueError) as error:

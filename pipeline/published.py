@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any, Literal, NamedTuple
 
 from pipeline.errors import UsageError
@@ -21,6 +21,8 @@ CHECKPOINT_KEYS = (
 LEGACY_MASKER_KEY = "state_dict_decoder"
 """Name of ``state_dict_masker`` in the predecessor's files; the tensors inside have the same names."""
 
+LEARNED_TAU = "final.tau"
+"""Name of a learned temperature among a masker's tensors; the release never makes one."""
 CHANNELS = {0: 64, 1: 256, 2: 512, 3: 1024, 4: 2048}
 """Channels of ResNet-50's maps."""
 
@@ -152,8 +154,8 @@ def published_layers(options: Mapping[str, Any]) -> tuple[int, ...]:
     return layers
 
 
-def published_masker(options: Mapping[str, Any]) -> MaskerSpec:
-    """The masker that run options ask for.
+def published_masker(options: Mapping[str, Any], *, tensors: Container[str] = ()) -> MaskerSpec:
+    """The masker that run options ask for; ``tensors``: names in its state dict.
 
     Raises:
         UsageError: an option has a value that the published code does not know.
@@ -175,9 +177,19 @@ def published_masker(options: Mapping[str, Any]) -> MaskerSpec:
             raise UsageError(
                 f"apply_gumbel_tau {chosen['apply_gumbel_tau']!r} is no temperature; expected a number above 0, or -1"
             )
+        learned = tau == -1 and LEARNED_TAU in tensors
+        if tau == -1 and not learned:
+            # The release takes -1 for a temperature like any other: there is no learned one.  Its trained masks, other than
+            # soft ones, do not depend on it.
+            if chosen["gumbel_output_mode"] == "soft":
+                raise UsageError(
+                    "apply_gumbel_tau -1 without a learned temperature (final.tau) is a temperature of -1, which soft masks "
+                    "cannot have; give a checkpoint that was trained with another"
+                )
+            tau = DEFAULT_OPTIONS["apply_gumbel_tau"]
         concrete = {
             "mode": chosen["gumbel_output_mode"],
-            "temperature": None if tau == -1 else tau,  # -1: learned
+            "temperature": None if learned else tau,
             "shown": "mode",
         }
     return MaskerSpec(

@@ -8,6 +8,7 @@ that were *retrained*, each for its own randomised classifier?  And a third: tho
 from __future__ import annotations
 
 import copy
+import csv
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -18,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from pipeline.batchnorm_statistics import estimate_statistics
 from pipeline.bundle import Bundle, load_bundle
 from pipeline.data.splits import read_split
 from pipeline.errors import UsageError
@@ -32,7 +34,9 @@ MEASURES = ("spearman", "abs_spearman", "ssim", "hog_correl")
 PREFIX = "extractor."
 """What a backbone's state dict puts before the classifier's own names."""
 SMALLEST = 48
-"""Side of the smallest mask that has HOG cells, in cells of the mask."""
+"""Side in pixels of the smallest mask that has a block of HOG cells."""
+LAST_SHARE = 0.1
+"""Share of a run's steps, its last ones, over which its training accuracy is taken."""
 
 
 def fresh_weights(module: nn.Module) -> None:
@@ -46,14 +50,22 @@ def fresh_weights(module: nn.Module) -> None:
             nn.init.normal_(parameter, std=0.02)
 
 
-def randomised(model: SaliencyModel, modules: Sequence[str], *, seed: int) -> SaliencyModel:
-    """A copy of ``model`` whose classifier has fresh weights in ``modules``; a module's weights depend on seed and name."""
+def randomised(model: SaliencyModel, modules: Sequence[str], x: Tensor, *, seed: int) -> SaliencyModel:
+    """A copy of ``model`` whose classifier has fresh weights in ``modules``; a module's weights depend on seed and name.
+
+    The statistics of BatchNorm layers in ``modules`` are those of the normalised images ``x`` (n, 3, S, S), two or more:
+    with fresh ones, mean 0 and variance 1, the signal fades with every layer that the initialisation does not scale to
+    1, deep maps are the same everywhere, and the check would measure that and not what the weights are worth.
+    """
     twin = copy.deepcopy(model)
     for name in modules:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(np.random.default_rng([seed, *name.encode()]).integers(2**31)))
             fresh_weights(twin.backbone.extractor.get_submodule(name))
-    return twin.eval().requires_grad_(False)
+    twin.eval().requires_grad_(False)
+    fresh = [twin.backbone.extractor.get_submodule(name) for name in modules]
+    estimate_statistics(twin.backbone, fresh, x)
+    return twin
 
 
 def stages(model: SaliencyModel, *, depth: int) -> list[str]:
@@ -71,10 +83,10 @@ def masks_of(model: SaliencyModel, x: Tensor, *, batch_size: int = 32) -> np.nda
 def compare(reference: np.ndarray, masks: np.ndarray, size: int) -> dict[str, float]:
     """Mean of each measure over the images, for masks (n, h, w) of inputs of ``size`` pixels.
 
-    Masks of fewer than 48 cells are stretched to the input first: HOG is not defined on them.
+    The measures' windows and cells are in pixels of the input, so masks are stretched over it first, as the published
+    figures had them; HOG needs 48 pixels.
     """
-    if min(masks.shape[1:]) < SMALLEST:
-        reference, masks = (upsample_nearest(m, max(size, SMALLEST)) for m in (reference, masks))
+    reference, masks = (upsample_nearest(m.astype(np.float64), max(size, SMALLEST)) for m in (reference, masks))
     rows = [similarities(one, two) for one, two in zip(reference, masks, strict=True)]
     means = {}
     for name in MEASURES:
@@ -91,7 +103,7 @@ def fixed_masker(
     names = stages(bundle.model, depth=depth)
     for place, name in enumerate(names):
         chosen = names[: place + 1] if cascading else [name]
-        masks = masks_of(randomised(bundle.model, chosen, seed=seed), x)
+        masks = masks_of(randomised(bundle.model, chosen, x, seed=seed), x)
         yield name, compare(reference, masks, bundle.spec.input_size)
 
 
@@ -109,7 +121,8 @@ def retrained_masker(
 ) -> Iterator[tuple[str, dict[str, float]]]:
     """As `fixed_masker`, but each of ``points`` randomised classifiers gets a masker of its own, trained for ``steps``.
 
-    The first pair is the control: the whole classifier again, with another seed for the masker.
+    The first pair is the control: the whole classifier again, with another seed for the masker.  The randomised ones
+    have that seed, too, so that what differs from the control is the classifier alone.
     """
     names = stages(bundle.model, depth=depth)
     places = sorted({round(k * len(names) / points) for k in range(1, points + 1)})
@@ -118,24 +131,35 @@ def retrained_masker(
     yield "(none)", compare(reference, control, bundle.spec.input_size)
     for place in places:
         chosen = names[:place] if cascading else names[place - 1 : place]
-        twin = randomised(bundle.model, chosen, seed=seed)
-        masks = masks_of(_retrain(bundle, twin, data, steps, seed, folder / str(place)), x)
+        twin = randomised(bundle.model, chosen, x, seed=seed)
+        masks = masks_of(_retrain(bundle, twin, data, steps, seed + 1, folder / str(place)), x)
         yield names[place - 1], compare(reference, masks, bundle.spec.input_size)
 
 
 def random_labels(
     bundle: Bundle, x: Tensor, data: str, *, seed: int, steps: int, folder: Path
 ) -> Iterator[tuple[str, dict[str, float]]]:
-    """Models trained from the start for ``steps`` on the true labels with another seed, and on labels drawn at random."""
+    """Models trained from the start for ``steps`` on the true labels with another seed, and on the labels in another order.
+
+    Beside the likeness, each pair has the share of training images that the model and the reference had right at the
+    end of their training: masks of models that have not learnt their labels say nothing.
+    """
     plan = replace(_plan(bundle, data, steps, seed), weights=None, batchnorm="sync", preset=bundle.spec.preset)
-    drawn = np.random.default_rng([seed, 0x1ABE1]).choice(np.unique(plan.labels), len(plan.labels))
-    reference = masks_of(_trained(plan, folder / "true"), x)
-    yield (
-        "true labels",
-        compare(reference, masks_of(_trained(replace(plan, seed=seed + 1), folder / "again"), x), plan.input_size),
-    )
-    shuffled = replace(plan, labels=tuple(int(label) for label in drawn))
-    yield "random labels", compare(reference, masks_of(_trained(shuffled, folder / "random"), x), plan.input_size)
+    again = replace(plan, seed=seed + 1)
+    shuffled = np.random.default_rng([seed, 0x1ABE1]).permutation(np.array(plan.labels)).tolist()
+    reference = masks_of(_trained(plan, folder / "reference"), x)
+    fitted = {"reference_training_accuracy": training_accuracy(folder / "reference")}
+    for name, other in (("true labels", again), ("random labels", replace(again, labels=tuple(shuffled)))):
+        place = folder / name.replace(" ", "-")
+        likeness = compare(reference, masks_of(_trained(other, place), x), plan.input_size)
+        yield name, likeness | fitted | {"training_accuracy": training_accuracy(place)}
+
+
+def training_accuracy(folder: Path) -> float:
+    """Share of the training images that a run's classifier had right in the last tenth of its steps."""
+    with (folder / "state" / "log.csv").open(encoding="utf-8", newline="") as file:
+        right = [float(row["clean_right"]) for row in csv.DictReader(file)]
+    return float(np.mean(right[-math.ceil(LAST_SHARE * len(right)) :]))
 
 
 def _plan(bundle: Bundle, data: str, steps: int, seed: int) -> TrainingPlan:
@@ -166,7 +190,7 @@ def _retrain(bundle: Bundle, model: SaliencyModel, data: str, steps: int, seed: 
     state = model.backbone.state_dict()
     save_file({name.removeprefix(PREFIX): value.contiguous() for name, value in state.items()}, weights)
     plan = _plan(bundle, data, steps, seed)
-    settings = (*plan.settings, "classifier=frozen")
+    settings = (*plan.settings, "classifier=frozen", "population=none")
     return _trained(replace(plan, weights=str(weights), settings=settings, batchnorm="eval"), folder)
 
 

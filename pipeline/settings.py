@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar, get_type_hints
@@ -12,7 +13,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from pipeline.concrete import ConcreteConfig
 from pipeline.errors import UsageError
 from pipeline.fills import FILLS
-from pipeline.objectives import KLPriorConfig
+from pipeline.objectives import KLPriorConfig, SideConfig
 from pipeline.population import PopulationConfig
 from pipeline.presets import PRESETS, SIDES, Preset
 
@@ -54,7 +55,36 @@ def configure(preset: str, settings: Sequence[str]) -> Preset:
         raise UsageError("--set masker.target_area=true: the wanted area sets the size, so add --set price.rule=fixed")
     if result.fill not in FILLS:
         raise UsageError(f"--set fill={result.fill}: use {', '.join(FILLS)}")
+    _check_effect(result, settings)
     return result
+
+
+def _check_effect(preset: Preset, settings: Sequence[str]) -> None:
+    """Refuse slots that would change nothing: a run with one of them looks like a variant and is none."""
+    sides = {"mask_in": preset.mask_in, "mask_out": preset.mask_out}
+    if preset.masker.target_area and not any(_asks_area(side) for side in sides.values()):
+        raise UsageError(
+            "--set masker.target_area=true: neither side asks for the wanted area; add --set "
+            "mask_out.area_rule=conditional, or give a side that is no kl-prior and has a lambda_area"
+        )
+    for name, side in sides.items():
+        if isinstance(side, KLPriorConfig) and side.frequencies == "uniform":
+            idle = ["prior=divide"] if side.prior == "divide" else []
+            idle += ["class_weight=true"] if side.class_weight else []
+            if idle:
+                raise UsageError(
+                    f"--set {name}.{idle[0]}: with every class alike it changes nothing; add --set "
+                    f"{name}.frequencies=data, or leave it out"
+                )
+    named = [setting for setting in settings if re.match(r"population\b", setting)]
+    if preset.classifier == "frozen" and preset.population is not None and named:
+        raise UsageError(
+            f"--set {named[-1]}: a frozen classifier has no earlier states; add --set classifier=joint, or leave it out"
+        )
+
+
+def _asks_area(side: SideConfig | KLPriorConfig | None) -> bool:
+    return isinstance(side, SideConfig) and side.area_rule == "conditional" and side.lambda_area != 0
 
 
 def _check_fakes(preset: Preset) -> None:

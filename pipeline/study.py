@@ -92,6 +92,8 @@ def missing(rows: Sequence[Row], seeds: Sequence[int], records: Path, shared: li
     Raises:
         UsageError: a record was made with other arguments, or by another definition of its row.
     """
+    from pipeline.study_rows import definition_of
+
     todo = []
     for seed in seeds:
         for row in rows:
@@ -99,16 +101,19 @@ def missing(rows: Sequence[Row], seeds: Sequence[int], records: Path, shared: li
             if not path.is_file():
                 todo.append((row, seed))
                 continue
-            theirs = json.loads(path.read_text(encoding="utf-8"))["config"]
+            record = json.loads(path.read_text(encoding="utf-8"))
+            theirs, known = record["config"], record.get("definition")  # which records of earlier releases lack
             if theirs["arguments"] != [*shared, *row.arguments]:
                 raise UsageError(
                     f"{path} was made with '{' '.join(theirs['arguments'])}'; give another --out, or the same arguments "
                     "to go on"
                 )
-            if (theirs["preset"], tuple(theirs["settings"])) != (row.preset, row.settings):
+            redefined = (theirs["preset"], tuple(theirs["settings"])) != (row.preset, row.settings)
+            if redefined or known not in (None, definition_of(row, seed, shared)):
                 raise UsageError(
                     f"{path} was made when the row {row.name} was preset {theirs['preset']} with "
-                    f"{' '.join(theirs['settings']) or 'no setting'}; move it away, or give another --out"
+                    f"{' '.join(theirs['settings']) or 'no setting'}{'' if redefined else ' and other constants'}; move it "
+                    "away, or give another --out"
                 )
     return todo
 

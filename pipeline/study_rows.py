@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.errors import UsageError
+from pipeline.settings import configure, describe
+
+HASH_LENGTH = 16
+"""Hexadecimal digits of a definition's hash."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +97,7 @@ OTHERS: tuple[Row, ...] = (
         settings=("masker.class_conditional=true",),
         by_label=True,
         reference="both-frozen",
-        summary="masker is told the class",
+        summary="masker is told the class, and scored with the true one",
     ),
     *(
         Row(
@@ -122,3 +129,16 @@ def choose_rows(text: str) -> list[Row]:
         else:
             raise UsageError(f"--rows {name}: use core, all, or some of {', '.join(ROWS)}")
     return list(dict.fromkeys(chosen))
+
+
+def definition_of(row: Row, seed: int, shared: Sequence[str]) -> str:
+    """A short hash of all that a trial of ``row`` is trained by: what its preset means now, its arguments, and the seed.
+
+    ``shared``: the arguments of every row, the length of the trainings among them.
+    """
+    known = {
+        "preset": describe(configure(row.preset, row.settings)),
+        "arguments": [*shared, *row.arguments],
+        "seed": seed,
+    }
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:HASH_LENGTH]

@@ -19,6 +19,10 @@ LEVEL = 0.95
 CAM = "LE of CAM"
 """Class activation maps of the classifier that the run ended with."""
 FIGURES = ("LE", "OM", "F1", "PxAP", "MaxBoxAccV2", "mask_mean", "top1")
+LENGTHS = ("--steps", "--budget")
+PLACES = ("--data", "--weights", "--class-map", "--class-names")
+"""Arguments that name a folder or a file, which may lie elsewhere on another machine."""
+Setup = frozenset[tuple[str, str]]
 CHANGES = (
     "top1_before", "top1_after", "agreement", "loss_barrier", "agreement_snapshots", "loss_barrier_snapshots",
 )  # fmt: skip
@@ -35,14 +39,19 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def summarise(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per variant, in the order of `ROWS`."""
-    by_row: dict[str, dict[int, dict[str, Any]]] = {}
-    for record in records:
-        by_row.setdefault(record["row"], {})[record["seed"]] = record
+    """One line per variant and setup, in the order of `ROWS`.
+
+    Runs of other lengths, data, classifiers or weights are neither averaged together nor compared.
+    """
+    groups: dict[tuple[str, Setup], dict[int, dict[str, Any]]] = {}
+    for record in (record for record in records if record["row"] in ROWS):
+        groups.setdefault((record["row"], setup_of(record)), {})[record["seed"]] = record
+    setups = list(dict.fromkeys(setup for _, setup in groups))
     table = []
-    for name in (name for name in ROWS if name in by_row):
-        row, runs = ROWS[name], by_row[name]
+    for name, setup in ((name, setup) for name in ROWS for setup in setups if (name, setup) in groups):
+        row, runs = ROWS[name], groups[name, setup]
         line: dict[str, Any] = {"row": name, "summary": row.summary, "reference": row.reference, "seeds": len(runs)}
+        line["runs"] = list(runs.values())
         for figure in FIGURES:
             values = [run["metrics"][figure] for run in runs.values() if run["metrics"].get(figure) is not None]
             line[figure] = interval(values) if values else None
@@ -52,9 +61,9 @@ def summarise(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             line[change] = interval(values) if values else None
         values = [run["cam"] for run in runs.values() if run.get("cam") is not None]
         line[CAM] = interval(values) if values else None
-        line["length"] = ", ".join(sorted({length_of(run) for run in runs.values()}))
-        others = by_row.get(row.reference, {})
-        both = sorted(s for s in runs.keys() & others.keys() if length_of(runs[s]) == length_of(others[s]))
+        line["length"] = ", ".join([length_of(line["runs"]), *_differing(setup, setups)])
+        others = groups.get((row.reference, setup), {})
+        both = sorted(runs.keys() & others.keys())
         both = [s for s in both if None not in (runs[s]["metrics"]["LE"], others[s]["metrics"]["LE"])]  # boxes or none
         differences = [runs[seed]["metrics"]["LE"] - others[seed]["metrics"]["LE"] for seed in both]
         line["LE_difference"] = interval(differences) if differences else None
@@ -63,27 +72,54 @@ def summarise(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return table
 
 
-def length_of(record: dict[str, Any]) -> str:
-    """How long the run of a record was, as its command said: runs of different lengths are not compared."""
-    arguments = record["config"]["arguments"]
-    for flag, unit in (("--steps", " steps"), ("--budget", "")):
-        if flag in arguments:
-            return f"{arguments[arguments.index(flag) + 1]}{unit}"
-    return ""
+def setup_of(record: dict[str, Any]) -> Setup:
+    """The arguments that a run shares with the other rows of its study, by name; folders and files by their own name."""
+    given: dict[str, list[str]] = {}
+    flag = ""
+    for text in record["config"]["arguments"]:
+        if text.startswith("--"):
+            flag, found, value = text.partition("=")
+            given.setdefault(flag, []).extend([value] if found else [])
+        else:
+            given.setdefault(flag, []).append(text)
+    own = {text.partition("=")[0] for text in ROWS[record["row"]].arguments if text.startswith("--")}
+    return frozenset(
+        (flag, " ".join(Path(value).name if flag in PLACES else value for value in values))
+        for flag, values in given.items()
+        if flag not in own
+    )
+
+
+def _differing(setup: Setup, setups: Sequence[Setup]) -> list[str]:
+    """The arguments of ``setup``, beside the length, that are not those of all ``setups``."""
+    everywhere = frozenset.intersection(*setups)
+    return [f"{flag} {value}".strip() for flag, value in sorted(setup - everywhere) if flag not in LENGTHS]
+
+
+def length_of(runs: Sequence[dict[str, Any]]) -> str:
+    """How long runs of one setup were: as their command said, and the steps that they took in the time that it gave them."""
+    given = dict(setup_of(runs[0]))
+    if "--steps" in given:
+        return f"{given['--steps']} steps"
+    taken = sorted(run["steps"] for run in runs if "steps" in run)
+    steps = "" if not taken else f"{taken[0]} steps" if taken[0] == taken[-1] else f"{taken[0]} to {taken[-1]} steps"
+    return ", ".join(part for part in (given.get("--budget", ""), steps) if part)
 
 
 def findings(table: Sequence[dict[str, Any]]) -> list[str]:
     """What the rows say of the paper's two findings, each as a sentence; none where a row is missing."""
-    lines = {line["row"]: line for line in table}
+    asked = {
+        f"{side}-{kind}": (f"both sides instead of masked-{side} only, {kind} classifier", f"both-{kind}", -1)
+        for kind in ("frozen", "joint")
+        for side in ("in", "out")
+    }
+    asked["both-joint"] = ("training the classifier along instead of freezing it", "both-frozen", 1)
     said = []
-    for kind in ("frozen", "joint"):
-        for side in ("in", "out"):
-            line = lines.get(f"{side}-{kind}")
-            if line is not None and line["LE_difference"] is not None and line["reference"] == f"both-{kind}":
-                said.append(_sentence(f"both sides instead of masked-{side} only, {kind} classifier", line, sign=-1))
-    line = lines.get("both-joint")
-    if line is not None and line["LE_difference"] is not None:
-        said.append(_sentence("training the classifier along instead of freezing it", line, sign=1))
+    for name, (what, reference, sign) in asked.items():
+        lines = [line for line in table if line["row"] == name and line["reference"] == reference]
+        for line in lines:
+            if line["LE_difference"] is not None:
+                said.append(_sentence(f"{what}, {line['length']}" if len(lines) > 1 else what, line, sign=sign))
     return said
 
 
@@ -122,7 +158,7 @@ def write_study(records: Sequence[dict[str, Any]], out: Path, *, title: str) -> 
         figures=(*FIGURES, CAM),
         changes=CHANGES,
         findings=findings(table),
-        plot=plot(records, table),
+        plot=plot(table),
     )
     (out / "study.html").write_text(shown, encoding="utf-8")
 
@@ -154,7 +190,7 @@ def markdown(table: Sequence[dict[str, Any]], title: str) -> str:
     return "\n".join([*lines, "", *(f"* {text}" for text in findings(table)), ""])
 
 
-def plot(records: Sequence[dict[str, Any]], table: Sequence[dict[str, Any]]) -> str:
+def plot(table: Sequence[dict[str, Any]]) -> str:
     """LE and mean mask of every run and the intervals of every row, as a PNG in a data URI."""
     from matplotlib.figure import Figure
 
@@ -162,9 +198,7 @@ def plot(records: Sequence[dict[str, Any]], table: Sequence[dict[str, Any]]) -> 
     panels = figure.subplots(1, 2, sharey=True)
     for axes, name in zip(panels, ("LE", "mask_mean"), strict=True):
         for place, line in enumerate(table):
-            values = [
-                100 * r["metrics"][name] for r in records if r["row"] == line["row"] and r["metrics"][name] is not None
-            ]
+            values = [100 * run["metrics"][name] for run in line["runs"] if run["metrics"][name] is not None]
             if not values or line[name] is None:
                 continue
             mean, low, high = (100 * value for value in line[name])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,12 +15,14 @@ import numpy as np
 import torch
 
 from pipeline.reporting import FolderReporter
-from pipeline.study_rows import Row
+from pipeline.study_rows import Row, definition_of
 
 KEPT = ("LE", "OM", "F1", "PxAP", "MaxBoxAccV2", "mask_iou", "mask_mean", "mask_std", "entropy", "top1", "top5")
 """Figures of `metrics.json` that a record keeps; not the Saliency Metric, which takes longer than a short training."""
 COMPARED_IMAGES = 200
 """Validation images on which the classifier before is compared with the one after and with its snapshots."""
+DEFINITION = "definition"
+"""File beside a trial's state that says what it is trained by (`definition_of`)."""
 
 
 def run_trial(
@@ -31,7 +34,7 @@ def run_trial(
     threads: int,
     tell: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> dict[str, Any]:
-    """Train and judge; goes on from the checkpoint in ``folder`` where there is one.
+    """Train and judge; goes on from the checkpoint in ``folder`` where there is one of the same definition.
 
     ``arguments``: of `pipeline.train`, the same for every row.  Returns the record.
 
@@ -48,6 +51,8 @@ def run_trial(
     parsed = parser().parse_args([*arguments, *own])
     plan = replace(plan_training(parsed), threads=threads)
     started = time.monotonic()
+    definition = definition_of(row, seed, arguments)
+    keep_only(folder, definition)
     state = folder / "state"
     device = "cuda" if torch.cuda.is_available() else "cpu"
     resume = state if (state / "state.pt").is_file() else None
@@ -60,6 +65,7 @@ def run_trial(
     record: dict[str, Any] = {
         "row": row.name,
         "seed": seed,
+        "definition": definition,
         "config": {"preset": row.preset, "settings": row.settings, "arguments": [*arguments, *row.arguments]},
         "metrics": {name: _rounded(metrics.get(name)) for name in KEPT},
         "cam": _rounded(metrics["baselines"]["cam"]["LE"]),
@@ -70,6 +76,16 @@ def run_trial(
     if plan.weights is not None:
         record["classifier"] = {name: _rounded(v) for name, v in _changed(plan, state / "bundle").items()}
     return record
+
+
+def keep_only(folder: Path, definition: str) -> None:
+    """Empty ``folder`` unless what it holds was trained by ``definition``: nothing else may be resumed or judged."""
+    path = folder / DEFINITION
+    if path.is_file() and path.read_text(encoding="utf-8") == definition:
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    path.write_text(definition, encoding="utf-8")
 
 
 def _rounded(value: float | None) -> float | None:

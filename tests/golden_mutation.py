@@ -38,7 +38,7 @@ PLACES = 64
 INERT = {
     "criterion": r"combos_json: \*\.y_hat_log_softmax",  # results are the same with it and without
     "masker": r"cases_json: \*\.extra_seed",  # seeded the arrays use_p and class_ids, which are recorded
-    "checkpoint_layout": r"file|epoch|legacy: masker_key|optimizers: \w+|args: note|state_dict_masker: \*\.variant",  # prose
+    "checkpoint_layout": r"file|epoch|optimizers: \w+|args: note",  # prose
     "endtoend": r"configs_json: \*\.name",
     # Decided by the recorded inputs: both priors give one answer in a, and in b nothing of the class is confused.
     "kl_prior_a": r"configs_json: \*\.prior",
@@ -121,7 +121,7 @@ def changed_scalar(value: Any, attempt: int) -> Any:
         return value + 1 + attempt
     if isinstance(value, float):
         return value * 1.5 + 0.25
-    return SWAPS.get(value, f"{value} changed") if isinstance(value, str) else "changed"
+    return SWAPS.get(value, f"changed {value}") if isinstance(value, str) else "changed"
 
 
 def document_changes(

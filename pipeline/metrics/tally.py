@@ -25,6 +25,8 @@ PER_IMAGE = (
     "mask_mean", "binarized", "entropy", "tv", "mask_iou",
 )  # fmt: skip
 """Metrics that are means over images of a number per image."""
+PUBLISHED_STEP = 0.01
+"""Distance of PxAP's thresholds in the published figures; the benchmark's own is a tenth of it."""
 BOX_IOU = "box_iou"
 """Column, beside those, of the best IoU of the predicted box with a true one: for choosing images, not a metric."""
 METRICS = (
@@ -86,7 +88,7 @@ class Tally:
     def __init__(self, *, size: int, compat: Compat = None) -> None:
         self.size = size
         self.compat: Compat = compat
-        self.pixels = PixelPrecision()
+        self.pixels = PixelPrecision(step=PUBLISHED_STEP) if compat == "published" else PixelPrecision()
         self.boxes = MaxBoxAcc(size=size, compat=compat)
         self._columns: dict[str, list[np.ndarray]] = {name: [] for name in (*PER_IMAGE, BOX_IOU)}
 

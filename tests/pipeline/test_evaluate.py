@@ -140,7 +140,11 @@ def test_published_quirks(metrics: dict, bundle: Bundle, data: Path) -> None:
     assert published["baselines"]["center"]["OM"] == published["baselines"]["center"]["LE"]
     assert published["entropy"] < metrics["entropy"]  # half of it
     assert published["SM1"] < metrics["SM1"]  # every box is a row and a column short
-    for name in ("top1", "mask_mean", "binarized", "PxAP"):
+    assert published["PxAP"] != metrics["PxAP"]  # a tenth of the thresholds
+    assert published["PxAP"] == pytest.approx(metrics["PxAP"], abs=0.02)
+    for protocol, step in ((published["protocol"], 0.01), (metrics["protocol"], 0.001)):
+        assert f"thresholds every {step}," in json.dumps(protocol)
+    for name in ("top1", "mask_mean", "binarized"):
         assert published[name] == pytest.approx(metrics[name], abs=1e-5)
 
 

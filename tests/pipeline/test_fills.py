@@ -151,7 +151,7 @@ def test_the_random_mixture_is_drawn_for_every_image() -> None:
     from pipeline.fills import RandomMixture
 
     x = torch.randn(40, 3, 24, 24, generator=torch.Generator().manual_seed(0))
-    fill = RandomMixture()
+    fill = RandomMixture(std=(0.5, 0.5, 0.5))  # normalised space is that of pixels in [-1, 1]
     hidden = fill.content(x, torch.zeros(40, 1, 24, 24), torch.Generator().manual_seed(1))
     blurred = gaussian_blur(x, 11.0)
     is_blurred = [bool(torch.equal(one, two)) for one, two in zip(hidden, blurred, strict=True)]
@@ -163,3 +163,16 @@ def test_the_random_mixture_is_drawn_for_every_image() -> None:
     assert 0.02 < (shown - x).std() < 0.04
     again = fill.content(x, torch.zeros(40, 1, 24, 24), torch.Generator().manual_seed(1))
     assert torch.equal(again, hidden)
+
+
+def test_the_random_mixture_is_stated_in_pixels() -> None:
+    """The published spread, noise and visible noise are on a scale of [-1, 1], whatever the data's spread is."""
+    x, everything = torch.zeros(200, 3, 8, 8), torch.ones(200, 1, 8, 8)
+    found = []
+    for std in (STD, (0.5, 0.5, 0.5)):
+        fill = make_fill("random", {}, mean=MEAN, std=std)
+        given = fill.content(x, everything, seeded()), fill.apply(x, everything, seeded())
+        found.append([image * torch.tensor(std)[:, None, None] for image in given])  # on the scale of 0 to 1
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two)
+    assert 2 * found[0][0].abs().amax() > 0.33 and 2 * found[0][1].std().item() == pytest.approx(0.03, rel=0.1)

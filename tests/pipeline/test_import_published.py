@@ -25,7 +25,7 @@ from pipeline.errors import UsageError
 from pipeline.import_published import main, read_checkpoint
 from pipeline.masker import Masker
 from pipeline.masking import upsample
-from pipeline.published import CHANNELS
+from pipeline.published import CHANNELS, published_masker
 from tests.golden_checks._golden import GoldenFile, assert_close, load_golden
 from tests.golden_checks._inputs import seeded_weights
 from tests.golden_checks.masker import build as masker_of
@@ -33,6 +33,7 @@ from tests.golden_checks.masker import features
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
+ONE = torch.ones(1)
 CA = {"masker_use_layers": "3,4", "prob_historic": 0.5, "fixed_classifier": False, "train_json": "train.json"}
 
 
@@ -234,8 +235,38 @@ def test_a_classifier_from_elsewhere(classifier, tmp_path: Path) -> None:
     assert not bait.exists()
     torch.save(classifier.state_dict(), tmp_path / "resnet50.pt")
     main([str(tmp_path / "m.chk"), "--out", str(tmp_path / "bundle"), "--classifier", str(tmp_path / "resnet50.pt")])
-    state = load_bundle(tmp_path / "bundle").model.backbone.state_dict()
+    bundle = load_bundle(tmp_path / "bundle")
+    state = bundle.model.backbone.state_dict()
     torch.testing.assert_close(state["extractor.fc.weight"], classifier.state_dict()["fc.weight"])
+    assert bundle.spec.training["classifier"] == "resnet50.pt"
+    assert "state_dict_classifier" not in bundle.spec.training["left_out"]
+    torch.save(Counterfeit(classifier.state_dict()), tmp_path / "counterfeit.pt")
+    with pytest.raises(UsageError, match=r"--classifier .*counterfeit\.pt: holds no state dict"):
+        main([str(tmp_path / "m.chk"), "--out", str(tmp_path / "b"), "--classifier", str(tmp_path / "counterfeit.pt")])
+
+
+def test_what_is_left_out_is_said(classifier, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = {**CA, "casms_path": "/home/me/casms", "output_path": "/home/me/out"}
+    content = checkpoint(classifier, random_masker((3, 4)), args)
+    content["state_dict_masker"] = Counterfeit(content["state_dict_masker"])
+    torch.save(content, tmp_path / "x.chk")
+    main([str(tmp_path / "x.chk"), "--out", str(tmp_path / "own")])
+    paths = ["option train_json", "option casms_path", "option output_path"]
+    optimisers = ["optimizer_classifier", "optimizer_masker"]
+    training = load_bundle(tmp_path / "own").spec.training
+    assert training["left_out"] == [*optimisers, *paths] and training["classifier"] == "the checkpoint's own"
+    assert f"left out: {', '.join([*optimisers, *paths])}" in capsys.readouterr().out.splitlines()
+    torch.save(classifier.state_dict(), tmp_path / "resnet50.pt")
+    main([str(tmp_path / "x.chk"), "--out", str(tmp_path / "b"), "--classifier", str(tmp_path / "resnet50.pt")])
+    assert load_bundle(tmp_path / "b").spec.training["left_out"] == [*optimisers, "state_dict_classifier", *paths]
+
+
+def test_a_temperature_of_minus_one_is_learned_only_where_there_is_one() -> None:
+    """The release takes -1 for a number, so that its files have no temperature of their own; trained hard masks need none."""
+    options = {"apply_gumbel": True, "apply_gumbel_tau": -1}
+    assert published_masker(options).concrete == {"mode": "hard", "temperature": 0.1, "shown": "mode"}
+    learned = published_masker(options, tensors={"final.tau"}).concrete
+    assert learned == {"mode": "hard", "temperature": None, "shown": "mode"}
 
 
 class Hostile:
@@ -278,6 +309,14 @@ def test_the_command_refuses_with_status_2_and_one_line(tmp_path: Path) -> None:
     assert not (tmp_path / "owned").exists() and not (tmp_path / "bundle").exists()
 
 
+class Counterfeit(OrderedDict[str, Any]):
+    """In a file an OrderedDict whose methods and metadata are overwritten with numbers."""
+
+    def __reduce__(self) -> Any:
+        overwritten = dict.fromkeys(("items", "keys", "values", "copy", "_metadata"), 3)
+        return OrderedDict, (), overwritten, None, iter(dict.items(self))
+
+
 def small(**more: Any) -> dict[str, Any]:
     return {"epoch": 1, "state_dict_masker": OrderedDict(), "args": {}, **more}
 
@@ -296,6 +335,12 @@ def small(**more: Any) -> dict[str, Any]:
         (small(epoch=torch.tensor(3)), "epoch is a Tensor"),
         (small(state_dict_classifier={"fc.weight": 3}), "fc.weight is no matrix"),
         (small(state_dict_classifier={"fc.weight": torch.zeros(0, 2048)}), "fc.weight is no matrix"),
+        (small(state_dict_classifier={"fc.weight": torch.zeros(1).expand(10**9, 2048)}), "fc.weight is no matrix"),
+        (small(state_dict_classifier={"fc.weight": torch.zeros(100_001, 1)}), "100001 classes, and at most 100000"),
+        (small(state_dict_masker=Counterfeit({"a": torch.zeros(1)})), "holds no ResNet-50 classifier"),
+        (small(state_dict_classifier=Counterfeit({"fc.weight": torch.zeros(2, 1)})), "lacks: conv1.weight"),
+        (small(args=Counterfeit({"lr": 0.1})), "holds no ResNet-50 classifier"),
+        (Counterfeit(small()), "holds no ResNet-50 classifier"),
     ],
 )
 def test_strange_checkpoints_are_named(tmp_path: Path, content: Any, message: str) -> None:
@@ -323,6 +368,19 @@ def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
         (lambda s: s.update({"final.0.bias": torch.zeros(1, device="meta")}), CA, "no finite numbers: final.0.bias"),
         (lambda s: s.update({"final.0.bias": torch.zeros(1).to(torch.complex64)}), CA, "no finite numbers: final.0.b"),
         (lambda s: s.update({"final.0.bias": torch.zeros(2)}), CA, r"has other shapes: final.0.bias \(2,\)"),
+        (lambda s: s.update({"final.0.weight": ONE.expand(1, 128, 3, 3)}), CA, "no finite numbers: final.0.weight"),
+        (
+            lambda s: s.update({"final.0.bias": torch.zeros(1).to(torch.float8_e5m2)}),
+            CA,
+            "no finite numbers: final.0.b",
+        ),
+        (lambda s: s.update({"final.0.bias": ONE.expand(10**12)}), CA, "has other shapes: final.0.bias"),
+        (lambda s: s.update({"final.9": ONE.expand(10**12)}), CA, "has unknown tensors: final.9"),
+        (
+            lambda s: None,
+            {**CA, "apply_gumbel": True, "apply_gumbel_tau": -1, "gumbel_output_mode": "soft"},
+            "apply_gumbel_tau -1 without a learned temperature",
+        ),
         (lambda s: None, {"masker_use_layers": "3,9"}, "names no layers of ResNet-50"),
         (lambda s: None, {**CA, "upsample": "cubic"}, "upsample 'cubic' is not known"),
         (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import fields, replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,80 +15,162 @@ from pipeline.concrete import ConcreteConfig, ConcreteHead
 from pipeline.errors import UsageError
 from pipeline.fakes import told_classes
 from pipeline.fills import Blur, Zero, make_fill
+from pipeline.masker import Masker
 from pipeline.model import SaliencyModel, build_masker
 from pipeline.objectives import KLPriorConfig, SideConfig, class_weights_of, side_loss
 from pipeline.population import Population, PopulationConfig
 from pipeline.presets import PRESETS, Preset
 from pipeline.settings import FIXED, configure, describe
 from pipeline.spec import MaskerSpec
-from pipeline.step import JointStep
+from pipeline.step import Batch, JointStep
 from tests.pipeline.test_step import CLASSES, SIZE, a_batch, a_step, state
 
-VARIANTS: dict[str, tuple[str, ...]] = {
-    "masked-in only": ("mask_out=none",),
-    "masked-out only": ("mask_in=none",),
-    "entropy on both sides": ("mask_in=entropy",),
-    "classification on both sides": ("mask_out=classification",),
-    "kl to the prior": ("mask_out=kl-prior", "mask_out.kl=backward"),
-    "kl to the prior of the data, both sides": (
-        "mask_in=kl-prior",
-        "mask_out=kl-prior",
-        "mask_out.frequencies=data",
-        "mask_out.class_weight=true",
+HINGES = ("mask_in=hinge", "mask_out=hinge", "price.rule=fixed", "masker.class_conditional=true")
+PRIORS = ("mask_in=kl-prior", "mask_out=kl-prior")
+VARIANTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "masked-in only": ((), ("mask_out=none",)),
+    "masked-out only": ((), ("mask_in=none",)),
+    "entropy on both sides": ((), ("mask_in=entropy",)),
+    "classification on both sides": ((), ("mask_out=classification",)),
+    "kl to the prior": ((), ("mask_out=kl-prior",)),
+    "kl the other way round": (("mask_out=kl-prior",), ("mask_out.kl=backward",)),
+    "kl to the prior of the data": (PRIORS, ("mask_out.frequencies=data",)),
+    "kl weighted by class": ((*PRIORS, "mask_out.frequencies=data"), ("mask_out.class_weight=true",)),
+    "the other way round": (
+        ("mask_out=classification",),
+        ("mask_in.direction=minimize", "mask_out.direction=maximize"),
     ),
-    "the other way round": ("mask_in.direction=minimize", "mask_out=classification", "mask_out.direction=maximize"),
-    "entropy the other way round": ("mask_in=entropy", "mask_in.direction=maximize", "mask_out.direction=minimize"),
-    "a fill on one side": ("fill=blur", "fill_sides=in"),
-    "target area": ("masker.target_area=true", "price.rule=fixed"),
-    "class-conditional": ("masker.class_conditional=true",),
-    "gumbel, hard": ("masker.concrete.mode=hard",),
-    "gumbel, soft, learned temperature": ("masker.concrete.mode=soft", "masker.concrete.temperature=none"),
-    "no population": ("population=none",),
-    "inert population": ("population.inert=true",),
-    "as published": ("compat=published", "population.inert=true"),
-    "frozen": ("classifier=frozen",),
-    "hinge": ("mask_in=hinge", "mask_out=hinge"),
-    "fake classes": (
-        "mask_in=hinge",
-        "mask_out=hinge",
-        "price.rule=fixed",
-        "masker.class_conditional=true",
-        "fakes=0.5",
+    "entropy the other way round": (
+        ("mask_in=entropy",),
+        ("mask_in.direction=maximize", "mask_out.direction=minimize"),
     ),
+    "a fill": ((), ("fill=blur",)),
+    "a fill on one side": (("fill=blur",), ("fill_sides=in",)),
+    "target area": (("price.rule=fixed",), ("masker.target_area=true",)),
+    "class-conditional": ((), ("masker.class_conditional=true",)),
+    "gumbel, hard": ((), ("masker.concrete.mode=hard",)),
+    "gumbel, soft": (("masker.concrete.mode=hard",), ("masker.concrete.mode=soft",)),
+    "gumbel, learned temperature": (("masker.concrete.mode=soft",), ("masker.concrete.temperature=none",)),
+    "no population": ((), ("population=none",)),
+    "inert population": ((), ("population.inert=true",)),
+    "as published": (("population.inert=true",), ("compat=published",)),
+    "frozen": ((), ("classifier=frozen",)),
+    "hinge": ((), ("mask_in=hinge", "mask_out=hinge")),
+    "fake classes": (HINGES, ("fakes=0.5",)),
 }
+"""Name -> the settings of what it is a variant of, and its own."""
 
 
 def step_for(preset: Preset) -> JointStep:
     torch.manual_seed(0)
-    classifier = create_classifier("torchvision", "resnet18", outputs=CLASSES, arguments={})
-    maps = pyramid("torchvision", classifier, SIZE)
-    backbone = tap_classifier("torchvision", classifier, choose_taps(maps, (0, 1, 2)), last_map=maps[-1].module)
+    classifier = create_classifier("timm", "test_resnet", outputs=CLASSES, arguments={})
+    maps = pyramid("timm", classifier, SIZE)
+    backbone = tap_classifier("timm", classifier, choose_taps(maps, (0, 1, 2)), last_map=maps[-1].module)
     model = SaliencyModel(
         backbone=backbone, masker=build_masker(preset.masker, backbone, mask_size=8, classes=CLASSES)
     ).double()
     joint = preset.classifier == "joint"
     population = Population(config=preset.population, seed=0) if preset.population and joint else None
     fill = make_fill(preset.fill, preset.fill_options, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-    return a_step(model, preset, population, fill=fill)
+    weights = class_weights_of([0, 0, 0, 0, 1, 2, 2, 3], CLASSES)
+    return a_step(model, preset, population, fill=fill, class_weights=weights)
+
+
+def batch_for(preset: Preset) -> Batch:
+    batch = a_batch()
+    areas = torch.linspace(0.25, 0.75, 6, dtype=torch.float64)
+    return batch._replace(areas=areas) if preset.masker.target_area else batch
+
+
+@cache
+def plain_masker() -> dict[str, torch.Tensor]:
+    """The first weights of plain ``ca``."""
+    return step_for(configure("ca", ())).model.masker.state_dict()
+
+
+def begin_alike(masker: Masker) -> None:
+    """Give ``masker`` the first weights of plain ``ca``; what it reads beside the maps begins with weights of 0."""
+    with torch.no_grad():
+        for name, value in masker.state_dict().items():
+            theirs = plain_masker().get(name.replace("final.conv.", "final.0."))
+            if theirs is not None:
+                value.zero_()[tuple(slice(size) for size in theirs.shape)] = theirs
+
+
+@cache
+def course(settings: tuple[str, ...]) -> tuple[dict[str, torch.Tensor], bool]:
+    """The masker's weights, those for its maps, after three steps of a variant of ``ca``, and whether the classifier moved.
+
+    The last step is one that an earlier classifier judges, where there are any; the classifier moves fast, so that the
+    earlier one is another.
+    """
+    preset = configure("ca", (*settings, "optimisation.classifier_rate=0.01"))
+    step = step_for(preset)
+    begin_alike(step.model.masker)
+    before = state(step.model.backbone)
+    for number in range(3):
+        generator = torch.Generator().manual_seed(number)
+        logs = step(
+            batch_for(preset), step=number, divisor=6, phase="joint", course=0.5 + number / 10, generator=generator
+        )
+        assert all(value == value and abs(value) < 1e6 for value in logs.values()), logs
+    plain, found = plain_masker(), {}
+    for name, value in step.model.masker.state_dict().items():
+        own = name.replace("final.conv.", "final.0.")
+        if own in plain:
+            found[own] = value[tuple(slice(size) for size in plain[own].shape)]
+    parameters = dict(step.model.backbone.named_parameters())
+    return found, any(not torch.equal(before[name], value) for name, value in parameters.items())
+
+
+def distance(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float:
+    return max(float((one[name].double() - two[name].double()).abs().max()) for name in two)
 
 
 def moved(step: JointStep, part: str, *, at: int = 1) -> bool:
     module = getattr(step.model, part)
     before = state(module)
-    batch = a_batch()
-    if step.preset.masker.target_area:
-        batch = batch._replace(areas=torch.linspace(0.25, 0.75, 6, dtype=torch.float64))
-    logs = step(batch, step=at, divisor=6, phase="joint", course=0.5, generator=torch.Generator().manual_seed(3))
+    logs = step(
+        batch_for(step.preset),
+        step=at,
+        divisor=6,
+        phase="joint",
+        course=0.5,
+        generator=torch.Generator().manual_seed(3),
+    )
     assert all(value == value and abs(value) < 1e6 for value in logs.values()), logs
     parameters = dict(module.named_parameters())
     return any(not torch.equal(before[name], value) for name, value in parameters.items())
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_every_variant_takes_a_step(name: str) -> None:
-    preset = configure("ca", VARIANTS[name])
-    assert moved(step_for(preset), "masker")
-    assert moved(step_for(preset), "backbone") == (preset.classifier == "joint")
+def test_every_variant_trains_another_masker(name: str) -> None:
+    """From the same weights, pictures and noise on: a setting that nothing reads would train the same one."""
+    base, own = VARIANTS[name]
+    masker, classifier_moved = course((*base, *own))
+    assert distance(masker, course(base)[0]) > 1e-6
+    assert classifier_moved == (configure("ca", (*base, *own)).classifier == "joint")
+
+
+def test_a_setting_that_is_as_it_was_trains_the_same_masker() -> None:
+    assert distance(course(())[0], course(("weight_in=1.0",))[0]) < 1e-12
+    drawn = Population(config=PopulationConfig(), seed=0)
+    drawn.snapshots = [{}]
+    assert [drawn.draw(number) for number in range(3)] == [None, None, 0]
+
+
+def test_wanted_areas_reach_the_loss() -> None:
+    """The same masks, by a masker that does not yet heed what it is told, cost what they are away from what was wanted."""
+    preset = configure("ca", ("masker.target_area=true", "price.rule=fixed", "population=none"))
+    losses = []
+    for wanted in (0.1, 0.9):
+        step = step_for(preset)
+        begin_alike(step.model.masker)
+        batch = a_batch()._replace(areas=torch.full((6,), wanted, dtype=torch.float64))
+        found = step.losses(batch, divisor=6, phase="joint", drawn=None).masker
+        assert found is not None
+        losses.append(found.item())
+    assert abs(losses[0] - losses[1]) > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -185,7 +268,7 @@ def test_an_inert_population_only_spares_the_classifier() -> None:
     assert inert.population is not None
     inert.population.observe(0, inert.model.backbone)
     with torch.no_grad():
-        next(iter(inert.population.snapshots))["extractor.conv1.weight"].zero_()
+        next(iter(inert.population.snapshots))["extractor.conv1.0.weight"].zero_()
     batch = a_batch()
     asked = inert.losses(batch, divisor=6, phase="joint", drawn=0)
     plain = none.losses(batch, divisor=6, phase="joint", drawn=None)
@@ -223,7 +306,7 @@ def test_settings_apply_from_left_to_right() -> None:
     preset = configure("ca", ["mask_out=kl-prior", "mask_out.lambda_area=3", "price.target=0.6", "layers=[3,4]"])
     assert preset.mask_out == KLPriorConfig(lambda_area=3.0)
     assert preset.price.target == 0.6 and preset.layers == (3, 4)
-    assert configure("fix", ["population.size=3"]).population == PopulationConfig(size=3)
+    assert configure("casm-l", ["population.size=3"]).population == PopulationConfig(size=3)
     assert configure("ca", []) is PRESETS["ca"]
     side = configure("ca", ["mask_in.direction=minimize"]).mask_in
     assert isinstance(side, SideConfig) and side == replace(PRESETS["ca"].mask_in, direction="minimize")  # pyright: ignore
@@ -250,6 +333,40 @@ def test_a_wrong_setting_is_said_in_one_line(setting: str, says: str) -> None:
     with pytest.raises(UsageError) as error:
         configure("ca", [setting])
     assert says in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("preset", "settings", "says"),
+    [
+        ("dabkowski-gal", ["masker.target_area=true"], "neither side asks for the wanted area"),
+        (
+            "fix",
+            ["mask_in=kl-prior", "mask_out=kl-prior", "masker.target_area=true", "price.rule=fixed"],
+            "neither side asks for the wanted area",
+        ),
+        ("ca", ["mask_out=kl-prior", "mask_out.prior=divide"], "add --set mask_out.frequencies=data"),
+        ("ca", ["mask_in=kl-prior", "mask_in.class_weight=true"], "mask_in.class_weight=true: with every class alike"),
+        ("fix", ["population.size=3"], "population.size=3: a frozen classifier has no earlier states"),
+        ("ca", ["population.inert=true", "classifier=frozen"], "add --set classifier=joint"),
+    ],
+)
+def test_a_setting_that_changes_nothing_is_refused(preset: str, settings: list[str], says: str) -> None:
+    with pytest.raises(UsageError) as error:
+        configure(preset, settings)
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("preset", "settings"),
+    [
+        ("dabkowski-gal", ["masker.target_area=true", "mask_out.area_rule=conditional"]),
+        ("fix", ["mask_out=kl-prior", "masker.target_area=true", "price.rule=fixed"]),
+        ("ca", ["mask_out=kl-prior", "mask_out.frequencies=data", "mask_out.prior=divide"]),
+        ("ca", ["population.size=3", "classifier=frozen", "population=none"]),
+    ],
+)
+def test_the_same_setting_where_it_changes_something(preset: str, settings: list[str]) -> None:
+    configure(preset, settings)
 
 
 @pytest.mark.parametrize("setting", ["mask_out=kl-prior", "mask_in=classification", "price.rule=entropy"])

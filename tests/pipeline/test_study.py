@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
+from torch.nn import functional as F
 
 from pipeline.backbone import choose_taps, create_classifier, pyramid, tap_classifier
+from pipeline.batchnorm_statistics import estimate_statistics
 from pipeline.connectivity import compare_classifiers, interpolate, loss_barrier
 from pipeline.errors import UsageError
+from pipeline.presets import PRESETS
+from pipeline.reporting import FolderReporter
 from pipeline.settings import configure
 from pipeline.study import missing
-from pipeline.study_rows import CORE, ROWS, choose_rows
+from pipeline.study_rows import CORE, ROWS, choose_rows, definition_of
 from pipeline.study_table import findings, interval, summarise, write_study
+from pipeline.study_trial import DEFINITION, run_trial
+from pipeline.training import TrainingPlan
 
 
 def record(row: str, seed: int, le: float | None, **more) -> dict:
@@ -73,13 +82,64 @@ def test_findings_are_said_plainly(gains: tuple[float, ...], verdict: str) -> No
     assert verdict in sentence and "3 seeds" in sentence
 
 
-def test_runs_of_different_lengths_are_not_compared() -> None:
+def test_a_run_without_boxes_is_no_pair() -> None:
     records = [record("both-frozen", 0, 0.5), record("in-frozen", 0, 0.6), record("both-frozen", 1, 0.5)]
-    records += [record("in-frozen", 1, None)]  # data without boxes
+    records += [record("in-frozen", 1, None)]
     assert {line["row"]: line["pairs"] for line in summarise(records)}["in-frozen"] == 1
-    records[1]["config"] = {"arguments": ["--steps", "7"]}
-    line = next(line for line in summarise(records) if line["row"] == "in-frozen")
-    assert line["pairs"] == 0 and line["length"] == ", 7 steps"
+
+
+SHARED = ["--data", "/here/photos", "--steps", "200", "--init", "timm:x", "--init-arg", "a=1", "--init-arg", "b=2"]
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        (["--steps", "7"], "7 steps"),
+        (["--data", "drawings"], "200 steps, --data drawings"),
+        (["--init", "resnet50"], "200 steps, --init resnet50"),
+        (["--weights", "w.pt"], "200 steps, --weights w.pt"),
+    ],
+)
+def test_runs_of_another_setup_are_neither_compared_nor_averaged(other: list[str], says: str) -> None:
+    """Its length, its data, its classifier or its weights: a folder may hold records of several."""
+    flag = other[0]
+    arguments = [*SHARED, *other] if flag not in SHARED else list(SHARED)
+    if flag in SHARED:
+        arguments[SHARED.index(flag) + 1] = other[1]
+    records = [record("both-frozen", seed, 0.5, config={"arguments": SHARED}) for seed in (0, 1)]
+    records += [record("both-frozen", 2, 0.9, config={"arguments": arguments})]
+    records += [record("few-shot-1", 0, 0.6, config={"arguments": [*SHARED, "--per-class", "1"]})]
+    records += [record("few-shot-1", 1, 0.6, config={"arguments": [*arguments, "--per-class", "1"]})]
+    table = summarise(records)
+    found = [(line["row"], line["LE"][0], line["seeds"], line["pairs"]) for line in table]
+    assert found == [
+        ("both-frozen", 0.5, 2, 0), ("both-frozen", 0.9, 1, 0), ("few-shot-1", 0.6, 1, 1), ("few-shot-1", 0.6, 1, 0),
+    ]  # fmt: skip
+    assert table[1]["length"].startswith(says)
+
+
+def test_the_folder_above_the_data_does_not_count() -> None:
+    elsewhere = [text.replace("/here/", "/elsewhere/") for text in SHARED]
+    records = [record("both-frozen", 0, 0.5, config={"arguments": SHARED})]
+    records += [record("in-frozen", 0, 0.6, config={"arguments": elsewhere})]
+    assert [line["pairs"] for line in summarise(records) if line["row"] == "in-frozen"] == [1]
+
+
+def test_runs_of_a_time_show_their_steps() -> None:
+    arguments = {"arguments": ["--budget", "5m"]}
+    records = [record("both-frozen", k, 0.5, steps=steps, config=arguments) for k, steps in enumerate((140, 123))]
+    assert summarise(records)[0]["length"] == "5m, 123 to 140 steps"
+    assert summarise(records[:1])[0]["length"] == "5m, 140 steps"
+
+
+def test_findings_of_two_setups_are_told_apart() -> None:
+    records = [
+        record(row, 0, 0.5, config={"arguments": ["--steps", str(steps)]})
+        for row in ("both-frozen", "both-joint")
+        for steps in (7, 9)
+    ]
+    seven, nine = findings(summarise(records))
+    assert "freezing it, 7 steps" in seven and "freezing it, 9 steps" in nine
 
 
 def test_what_is_missing(tmp_path: Path) -> None:
@@ -99,6 +159,86 @@ def test_what_is_missing(tmp_path: Path) -> None:
             missing(rows, range(2), tmp_path, [])
 
 
+def test_a_record_of_a_preset_that_has_changed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = choose_rows("both-frozen")
+    kept = record("both-frozen", 0, 0.5) | {"config": {"preset": "fix", "settings": [], "arguments": []}}
+    kept["definition"] = definition_of(rows[0], 0, [])
+    (tmp_path / "both-frozen-0.json").write_text(json.dumps(kept))
+    assert not missing(rows, range(1), tmp_path, [])
+    monkeypatch.setitem(PRESETS, "fix", replace(PRESETS["fix"], weight_out=2.0))
+    with pytest.raises(UsageError, match="was preset fix with no setting and other constants; move it away"):
+        missing(rows, range(1), tmp_path, [])
+    del kept["definition"]  # a record of an earlier release
+    (tmp_path / "both-frozen-0.json").write_text(json.dumps(kept))
+    assert not missing(rows, range(1), tmp_path, [])
+
+
+def test_a_definition_is_all_that_a_trial_is_trained_by() -> None:
+    row = ROWS["both-frozen"]
+    same = definition_of(row, 0, ["--steps", "7"])
+    assert same == definition_of(row, 0, ["--steps", "7"]) and len(same) == 16
+    others = [(row, 1, ["--steps", "7"]), (row, 0, ["--steps", "8"]), (ROWS["fill-blur"], 0, ["--steps", "7"])]
+    others += [(ROWS["few-shot-1"], 0, ["--steps", "7"])]
+    assert len({same, *(definition_of(*other) for other in others)}) == 5
+
+
+def test_the_barrier_is_not_that_of_mixed_statistics() -> None:
+    """Two networks of one function, whose convolutions have another scale: so has every network between them."""
+    torch.manual_seed(0)
+    classifier = create_classifier("torchvision", "resnet18", outputs=3, arguments={})
+    maps = pyramid("torchvision", classifier, 32)
+    before = tap_classifier("torchvision", classifier, choose_taps(maps, (1,)), last_map=None).eval()
+    x, targets = torch.randn(16, 3, 32, 32), torch.arange(16) % 3
+    estimate_statistics(before, [before], x)
+    after = copy.deepcopy(before)
+    for module in after.modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight.data *= 10
+        elif isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None and module.running_var is not None
+            module.running_mean *= 10
+            module.running_var *= 100
+    with torch.no_grad():
+        logits = [network(x).logits for network in (before, interpolate(before, after, 0.5).eval())]
+    mixed = F.cross_entropy(logits[1], targets) - F.cross_entropy(logits[0], targets)
+    found = compare_classifiers(before, after, x, targets)
+    assert abs(float(mixed)) > 0.02 and found["loss_barrier"] < 0.002
+
+
+def test_only_work_of_the_same_definition_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work of other arguments, whole or half done, is neither judged nor resumed."""
+
+    class StoppedError(Exception):
+        pass
+
+    def stopped(plan: TrainingPlan, reporter: FolderReporter, *, resume: Path | None, device: str) -> None:
+        found.append(resume)
+        raise StoppedError
+
+    found: list[Path | None] = []
+    monkeypatch.setattr("pipeline.training.train", stopped)
+    photos(tmp_path / "data")
+    shared = ["--data", str(tmp_path / "data"), "--init", "timm:test_resnet", "--image-size", "32"]
+    work = tmp_path / "work"
+    kept = work / "state" / "state.pt"
+
+    def begin(length: str) -> Path | None:
+        with pytest.raises(StoppedError):
+            run_trial(ROWS["both-frozen"], 0, [*shared, "--steps", length], folder=work, threads=1)
+        return found[-1]
+
+    assert begin("4") is None
+    kept.parent.mkdir()
+    kept.touch()
+    assert begin("4") == kept.parent
+    (kept.parent / "bundle").mkdir()
+    assert begin("5") is None and not kept.exists()  # finished, with another length
+    kept.parent.mkdir()
+    kept.touch()
+    (work / DEFINITION).unlink()  # of an earlier release
+    assert begin("5") is None and not kept.exists()
+
+
 def test_the_barrier_is_the_height_above_the_straight_line() -> None:
     assert loss_barrier([1.0, 1.5, 2.0]) == 0
     assert loss_barrier([1.0, 3.0, 2.0]) == pytest.approx(1.5)
@@ -116,17 +256,22 @@ def test_a_classifier_beside_itself() -> None:
     assert torch.allclose(middle(x).logits, backbone(x).logits, atol=1e-5)
 
 
-@pytest.mark.timeout(600)
-def test_a_small_study_from_start_to_end(tmp_path: Path) -> None:
-    """Two rows, two seeds; run again, only a record that is gone is made anew, from the run that is there."""
+def photos(data: Path) -> None:
+    """A training set of 12 images and a validation set of 8, of two classes."""
     random = np.random.default_rng(0)
     for split, count in (("train", 6), ("val", 4)):
         for label, name in enumerate(("dark", "light")):
-            folder = tmp_path / "data" / split / name
+            folder = data / split / name
             folder.mkdir(parents=True)
             for k in range(count):
                 pixels = random.integers(120 * label, 120 * label + 100, (40, 40, 3)).astype(np.uint8)
                 Image.fromarray(pixels).save(folder / f"{k}.png")
+
+
+@pytest.mark.timeout(600)
+def test_a_small_study_from_start_to_end(tmp_path: Path) -> None:
+    """Two rows, two seeds; run again, only a record that is gone is made anew, from the run that is there."""
+    photos(tmp_path / "data")
     with (tmp_path / "data" / "boxes.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "class", "x0", "y0", "x1", "y1", "w", "h"])
@@ -142,6 +287,7 @@ def test_a_small_study_from_start_to_end(tmp_path: Path) -> None:
     records = sorted((out / "records").glob("*.json"))
     assert [path.stem for path in records] == ["both-frozen-0", "both-frozen-1", "in-frozen-0", "in-frozen-1"]
     assert all(path.stat().st_size < 1024 for path in records)
+    assert all(len(json.loads(path.read_text())["definition"]) == 16 for path in records)
     assert "both sides instead of masked-in only, frozen classifier" in first.stdout
     assert (out / "study.html").read_text().count("<tr>") == 3 and "in-frozen" in (out / "study.md").read_text()
     made = {path: path.stat().st_mtime_ns for path in records}
