@@ -215,7 +215,9 @@ def describe_manifest(manifest: Manifest) -> list[str]:
     if manifest.parity:
         found = manifest.parity
         names = [
-            name for name in ("n_images", "mask_mean_abs", "mask_iou", "top1_agreement", "dLE") if name in found.figures
+            name
+            for name in ("n_images", "mask_mean_abs", "mask_iou", "top1_strict_agreement", "dLE")
+            if name in found.figures
         ]
         figures = ", ".join(f"{name} {found.figures[name]:.4g}" for name in names)
         lines.append(f"  parity      {'passed' if found.passed else 'FAILED'}, run by {found.ran_on}: {figures}")

@@ -202,8 +202,10 @@ def judge(
             thresholds=thresholds, errors=(wrong,),
         )  # fmt: skip
     columns = per_image(expected, found)
+    strictly = float(columns["top1_same"].mean())
     _forgive_ties(columns, expected, thresholds)
     figures: dict[str, Any] = {"n_images": len(images.images), **summarise(columns, expected)}
+    figures["top1_strict_agreement"] = strictly
     figures["mask_shift"] = displacement(expected, found)
     size = reference.info.input_size
     before, after = localisation(expected, images, size), localisation(found, images, size)

@@ -167,6 +167,8 @@ def searched(
             f"no mix of {rewriter.name} and higher precisions keeps the loss within {max_drop:g}; allow more with "
             "--max-drop, or choose a higher --precision"
         )
+    if found.order and len(found.chosen.restored) == len(found.order):
+        say(f"every layer was raised, so that nothing of {rewriter.name} is left: a higher --precision gives the same")
     return found.rewritten
 
 

@@ -88,9 +88,14 @@ def verdict_lines(verdict: Verdict, images: GateImages, notes: list[str]) -> lis
     lines.append(f"parity on {figures['n_images']} images of {images.source}: {state}")
     if not verdict.columns:
         return lines
+    ties = (
+        ""
+        if figures["top1_strict_agreement"] == figures["top1_agreement"]
+        else (f" ({figures['top1_agreement']:.4f} where the reference's first two are not alike)")
+    )
     lines.append(
         f"  logits max |d| {figures['logits_max_abs']:.3g} ({figures['logits_max_rel']:.3g} of their deviation), "
-        f"top-1 agreement {figures['top1_agreement']:.4f}"
+        f"top-1 agreement {figures['top1_strict_agreement']:.4f}{ties}"
     )
     lines.append(
         f"  mask max |d| {figures['mask_max_abs']:.3g}, mean |d| {figures['mask_mean_abs']:.3g}, "

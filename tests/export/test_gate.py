@@ -21,6 +21,7 @@ from export.gate import (
     MaskError,
     MaskShapeError,
     Thresholds,
+    Top1Error,
     check,
     judge,
     untried_batches,
@@ -29,6 +30,7 @@ from export.gate_images import from_folder, from_noise, from_samples
 from export.graph import GraphConfig
 from export.onnx import export_onnx
 from export.torch_engine import TorchEngine
+from export.verify import verdict_lines
 from pipeline.data.planted import write_planted
 from pipeline.errors import UsageError
 from tests.export._saboteurs import SABOTEURS, rewire, shifted_mask
@@ -235,6 +237,34 @@ def test_one_level_of_a_stored_mask_is_no_dependence_on_the_batch(exported, bund
     for engine.levels, kinds in ((1, []), (2, [BatchError])):
         verdict = judge(reference, engine, images, thresholds=limits, largest_batch=4)
         assert [type(error) for error in verdict.errors if isinstance(error, BatchError)] == kinds
+
+
+def test_a_tie_is_told_but_no_failure(exported, bundle):
+    """Another first class where the first two were alike is no fault, and still another answer, which users are told."""
+
+    class Leaning(OnnxEngine):
+        """Says of the first of four images that two classes are alike but for a hair, towards ``lean``."""
+
+        lean = 0.0
+
+        def infer(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            logits, masks = super().infer(images)
+            logits = logits.copy()
+            top = np.abs(logits).max() + 1
+            logits[:, :2] = [top, top - 5]
+            logits[: max(0, len(images) - 3), 1] = top + self.lean
+            return logits, masks
+
+    reference, tested = (Leaning(exported.path, provider="cpu", threads=1) for _ in range(2))
+    tested.lean, reference.lean = 1e-5, -1e-5
+    images = from_samples(bundle.samples, 4)
+    verdict = judge(reference, tested, images, thresholds=Thresholds(), largest_batch=4)
+    assert verdict.figures["top1_strict_agreement"] == 0.75 and verdict.figures["top1_agreement"] == 1
+    assert not [error for error in verdict.errors if isinstance(error, Top1Error)]
+    lines = verdict_lines(verdict, images, [])
+    assert any(
+        "top-1 agreement 0.7500 (1.0000 where the reference's first two are not alike)" in line for line in lines
+    )
 
 
 def test_batches_that_were_not_tried_are_named(exported, bundle):
