@@ -14,7 +14,7 @@ from pathlib import Path
 from export.engine import PLAN_SUFFIXES
 from export.files import file_sha256
 from export.gpu import gpus
-from export.manifest import Manifest, parse_manifest, read_sidecar
+from export.manifest import Manifest, manifest_path, parse_manifest, read_sidecar
 from pipeline.cli import Parser, run
 from pipeline.errors import UsageError, WorkError
 
@@ -69,8 +69,14 @@ def _folder(path: Path) -> tuple[list[str], str | None]:
         lines = [f"{path}: a model folder for Triton; put it into the server's model repository"]
         if not models:
             return lines, f"{path}/1 holds no model; make the folder again with 'python -m export.trt --triton'"
+        lines.append(f"  serves      {models[0].name} ({_size(models[0])})")
+        if models[0].suffix == ".plan" and not manifest_path(models[0]).is_file():
+            return [
+                *lines,
+                "  not looked into: this folder is of an earlier release, which wrote no manifest there",
+            ], None
         inside, trouble = examine(models[0])
-        return [*lines, f"  serves      {models[0].name} ({_size(models[0])})", *inside], trouble
+        return [*lines, *inside], trouble
     return _bundle(path)
 
 

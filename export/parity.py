@@ -31,11 +31,14 @@ def parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the gate."""
     arguments = parser().parse_args(argv)
+    from export.build import batch_sizes_of
+    from export.engine import PLAN_SUFFIXES
     from export.files import check_local, ensure_writable
     from export.gate import ParityFailure, Thresholds, judge, untried_batches
     from export.gate_images import gate_images
     from export.graph import GraphConfig
     from export.judged import check_numbers
+    from export.manifest import read_sidecar
     from export.parity_report import write_report
     from export.torch_engine import TorchEngine
     from export.verify import hard_masks, matching_bundle, open_runnable, progress_bar, verdict_lines
@@ -52,8 +55,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = GraphConfig(**engine.info.manifest.get("options", {}))
     reference = TorchEngine(bundle.path, threads=arguments.threads, bundle=bundle, config=options)
     thresholds = Thresholds.of(engine.info.precision, hard_masks=hard_masks(bundle)).with_drop(arguments.max_drop)
-    profiles = engine.info.manifest.get("profiles", [])
-    batches = [profile[key] for profile in profiles for key in ("opt", "max")]
+    batches = [profile[key] for profile in engine.info.manifest.get("profiles", []) for key in ("opt", "max")]
+    if Path(arguments.engine).suffix in PLAN_SUFFIXES:  # also where its graph, which has none, was judged in its place
+        batches = batch_sizes_of(read_sidecar(arguments.engine).profiles)
     with progress_bar(2 * len(images.images), "parity") as advance:
         verdict = judge(
             reference, engine, images, thresholds=thresholds, batch=arguments.batch, batches=batches, progress=advance

@@ -242,16 +242,20 @@ def _restore_activations(
         value = activation.output[0]
         if activation.op_type not in ("Relu", "Clip") or activation.name in there or value not in ranges:
             continue
-        bounds = [float(numpy_helper.to_array(exact[name]).item()) for name in activation.input[1:] if name]
-        if activation.op_type == "Clip" and len(bounds) < 2:
+        least, most = (0.0, np.inf) if activation.op_type == "Relu" else (-np.inf, np.inf)
+        bounds = dict(enumerate(activation.input[1:]))  # either may be left out
+        if any(name and name not in exact for name in bounds.values()):
             continue
-        least, most = bounds or (0.0, np.inf)
+        if bounds.get(0):
+            least = float(numpy_helper.to_array(exact[bounds[0]]).item())
+        if bounds.get(1):
+            most = float(numpy_helper.to_array(exact[bounds[1]]).item())
         slack = 1e-3 * (ranges[value][1] - ranges[value][0])
         if least - slack <= ranges[value][0] and ranges[value][1] <= most + slack:
             place = next(k for k, node in enumerate(nodes) if value in node.output)
             nodes[place].output[list(nodes[place].output).index(value)] = activation.input[0]
             nodes.insert(place + 1, activation)
-            read |= set(activation.input[1:])
+            read |= {name for name in bounds.values() if name}
     return read
 
 

@@ -168,7 +168,9 @@ def searched(
             "--max-drop, or choose a higher --precision"
         )
     if found.order and len(found.chosen.restored) == len(found.order):
-        say(f"every layer was raised, so that nothing of {rewriter.name} is left: a higher --precision gives the same")
+        say(
+            f"every layer was raised: no multiplication is left in {rewriter.name}, and a higher --precision is as good"
+        )
     return found.rewritten
 
 

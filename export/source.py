@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 TOOLS = ("torch", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime")
 """Distributions whose versions a manifest keeps."""
+FEWEST_UNSEEN = 32
+"""Fewer images that were not calibrated on are too few to judge by, where there are others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,14 +50,14 @@ class Source:
         return GraphConfig(**self.manifest.options)
 
     def images(self, data: str | None, count: int, flag: str, *, calibration: GateImages | None = None) -> GateImages:
-        """The images of ``data``, else the bundle's samples, else noise: those not in ``calibration``, if there are any."""
+        """The images of ``data``, else the bundle's samples, else noise: those not in ``calibration``, if there are enough."""
         samples = self.bundle.samples if self.bundle else None
         if calibration is None:
             return gate_images(self.manifest, samples, data, count, flag=flag)
-        everything = count + len(calibration.images) if data is None else count
-        found = gate_images(self.manifest, samples, data, everything, flag=flag)
+        found = gate_images(self.manifest, samples, data, count + len(calibration.images), flag=flag)
         unseen = apart_from(found, calibration)
-        return unseen.first(count) if len(unseen.images) else found.first(count)
+        enough = min(FEWEST_UNSEEN, count, max(1, len(found.images) // 3))
+        return unseen.first(count) if len(unseen.images) >= enough else found.first(count)
 
     def describe(self, rewritten: Rewritten, calibration: GateImages | None, method: str, *, rebuild: str) -> Manifest:
         """The manifest of a graph rewritten from this one."""

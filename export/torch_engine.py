@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +15,26 @@ from export.engine import EngineInfo, as_soft_mask, checked, checked_tensor
 from export.graph import DeployableGraph, GraphConfig
 from pipeline.bundle import Bundle, load_bundle
 
+_FLAGS = threading.Lock()
+
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
     """float32 as float32 within: torch lets a GPU convolve in TF32, with 10 bits of mantissa, unless it is told not to.
 
     The flags are the process's, and have their values again afterwards; a kernel takes what holds when it is launched.
-    Not for two threads at a time (the one that ends first would give the flags back under the other), and not around an
-    export, in which torch asks for its older flags, and refuses to tell them while the newer ones say something else.
+    One thread at a time: the one that ends first would give the flags back under the other.  Not around an export, in
+    which torch asks for its older flags, and refuses to tell them while the newer ones say something else.
     """
     convolution: Any = torch.backends.cudnn.conv  # pyright: ignore[reportAttributeAccessIssue]
     product = torch.backends.cuda.matmul
-    before = convolution.fp32_precision, product.fp32_precision
-    convolution.fp32_precision = product.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        convolution.fp32_precision, product.fp32_precision = before
+    with _FLAGS:
+        before = convolution.fp32_precision, product.fp32_precision
+        convolution.fp32_precision = product.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            convolution.fp32_precision, product.fp32_precision = before
 
 
 class TorchEngine:
@@ -90,7 +94,7 @@ class TorchEngine:
 
     @torch.inference_mode()
     def _run(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-        with exact_float32():
+        with nullcontext() if self._device.type == "cpu" else exact_float32():  # a CPU has no other float32
             return dict(zip(self._graph.config.output_names, self._graph(pixels), strict=True))
 
 

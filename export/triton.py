@@ -17,6 +17,7 @@ from pipeline.errors import UsageError
 
 _TYPES = {"uint8": "TYPE_UINT8", "float32": "TYPE_FP32", "int64": "TYPE_INT64"}
 _OURS = {"config.pbtxt", "labels.txt", "1", "1/model.onnx", "1/model.plan", "1/model.plan.json"}
+_STAGING = ".partial-"
 _DISABLE_ALL = 2
 """Of the levels that Triton's ONNX Runtime backend knows; its README lists them."""
 
@@ -36,6 +37,20 @@ def check_profiles(profiles: Sequence[Profile]) -> None:
         )
 
 
+def check_folder(folder: Path) -> None:
+    """Make sure that nothing but what an earlier export wrote is in a model's folder.
+
+    Raises:
+        UsageError: something else is.
+    """
+    inside = [path.relative_to(folder) for path in folder.rglob("*")]
+    strangers = sorted({str(path) for path in inside if not path.parts[0].startswith(_STAGING)} - _OURS)
+    if strangers:
+        raise UsageError(
+            f"--triton: {folder} holds {strangers[0]}, which is none of ours; move it, or give another folder"
+        )
+
+
 def write_model_folder(repository: Path, engine: Path, manifest: Manifest) -> Path:
     """Write ``repository``/<name>/{config.pbtxt, labels.txt, 1/model.*}, all of it or nothing; returns that folder.
 
@@ -46,14 +61,14 @@ def write_model_folder(repository: Path, engine: Path, manifest: Manifest) -> Pa
     plan = manifest.backend == "tensorrt"
     if plan:
         check_profiles(manifest.profiles)
-    strangers = sorted({str(path.relative_to(folder)) for path in folder.rglob("*")} - _OURS)
-    if strangers:
-        raise UsageError(
-            f"--triton: {folder} holds {strangers[0]}, which is none of ours; move it, or give another folder"
-        )
-    partial = repository / f".{folder.name}.{uuid.uuid4().hex[:8]}.partial"
+    check_folder(folder)
+    new = not folder.exists()
+    # Within the folder: a server that looks for models takes any folder beside it for one, and in it numbers alone.
+    partial = folder / f"{_STAGING}{uuid.uuid4().hex[:8]}"
     model = partial / "1" / ("model.plan" if plan else "model.onnx")
     try:
+        for left in folder.glob(f"{_STAGING}*"):  # by an export that was killed
+            shutil.rmtree(left)
         model.parent.mkdir(parents=True)
         shutil.copyfile(engine if plan else compiled_graph(engine), model)
         if plan:
@@ -63,6 +78,8 @@ def write_model_folder(repository: Path, engine: Path, manifest: Manifest) -> Pa
         (partial / "config.pbtxt").write_text(configuration(engine.stem, manifest, plan=plan), encoding="utf-8")
         _put(partial, folder)
     except OSError as error:
+        if new:
+            shutil.rmtree(folder, ignore_errors=True)
         raise UsageError(
             f"cannot write {folder}: {error.strerror or error}; give --triton a writable place with enough room"
         ) from error
@@ -71,18 +88,19 @@ def write_model_folder(repository: Path, engine: Path, manifest: Manifest) -> Pa
     return folder
 
 
-def _put(new: Path, folder: Path) -> None:
-    """Give ``new`` the name ``folder``; what had it before goes, or keeps it when that fails."""
-    old = new.with_suffix(".old")
-    if folder.exists():
-        folder.rename(old)
+def _put(partial: Path, folder: Path) -> None:
+    """Bring what is in ``partial`` to its places in ``folder``, the configuration last."""
+    version, before = folder / "1", partial / "before"
+    if version.exists():
+        version.rename(before)
     try:
-        new.rename(folder)
+        (partial / "1").rename(version)
     except OSError:
-        if old.exists():
-            old.rename(folder)
+        if before.exists():
+            before.rename(version)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    for name in ("labels.txt", "config.pbtxt"):
+        (partial / name).replace(folder / name)
 
 
 def configuration(name: str, manifest: Manifest, *, plan: bool) -> str:

@@ -97,7 +97,7 @@ def make(arguments: Any, out: Path, judging: Judging, *, rebuild: str) -> Manife
     from export.judged import check_source, judge_engine, serialise
     from export.source import calibration_images, open_source
     from export.throughput import measured
-    from export.triton import check_profiles
+    from export.triton import check_folder, check_profiles
 
     name = graph_name(arguments)
     use_modelopt(name, arguments.quantiser, arguments.calib_method)  # refuses before any work
@@ -110,6 +110,7 @@ def make(arguments: Any, out: Path, judging: Judging, *, rebuild: str) -> Manife
     if arguments.triton:
         if backend.name == "tensorrt":
             check_profiles(config.profiles)
+        check_folder(Path(arguments.triton) / out.stem)
         ensure_writable(Path(arguments.triton) / out.stem / "config.pbtxt", "--triton")
     source = open_source(arguments, GraphConfig(mask_dtype=arguments.mask_dtype or "float"), arguments.opset)
     for option in ("resize", "dynamic_size"):

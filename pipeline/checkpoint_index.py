@@ -10,7 +10,7 @@ import json
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow.fs
 import ray
@@ -53,24 +53,34 @@ def mend_index(
         trouble = "names a checkpoint that is gone"
     except (ValueError, KeyError, TypeError):
         trouble = "was torn" if exists else "was not there"
-    whole: list[tuple[str, int, dict[str, float]]] = []
+    kept: list[tuple[str, int, dict[str, float]]] = []
     for name in sorted(there, reverse=True):
-        step = whole_step(filesystem, folder, name)
-        figures = judged(step) if step is not None else {}
-        if step is not None and (not whole or figures):
-            whole.append((name, step, figures))
-    if whole:
-        write_whole(filesystem, path, json.dumps(_index_of(whole[::-1])).encode())
-        name, step, _ = whole[0]
+        found = read_checkpoint(filesystem, folder, name)
+        # The newest one to go on from comes first; before it, those that may be the best.
+        if found is not None and (kept or found.resumable):
+            figures = judged(found.step) if found.has_bundle else {}
+            if figures or not kept:
+                kept.append((name, found.step, figures))
+    if kept:
+        write_whole(filesystem, path, json.dumps(_index_of(kept[::-1])).encode())
+        name, step, _ = kept[0]
         return f"{path} {trouble}; going on from {name}, step {step}"
     if exists:
         filesystem.delete_file(path)
     return f"{path} {trouble}, and no checkpoint beside it is whole; beginning anew"
 
 
-def whole_step(filesystem: pyarrow.fs.FileSystem, folder: str, name: str) -> int | None:
-    """The step of a checkpoint all of whose files can be read; none for one that was cut off while it was copied, or whose
-    snapshots of the classifier, which lie beside ``folder``, are gone.
+class Found(NamedTuple):
+    """A checkpoint all of whose files can be read."""
+
+    step: int
+    resumable: bool
+    """Whether the snapshots of the classifier that it names, which lie beside the checkpoints, are there."""
+    has_bundle: bool
+
+
+def read_checkpoint(filesystem: pyarrow.fs.FileSystem, folder: str, name: str) -> Found | None:
+    """What a checkpoint holds; none for one that was cut off while it was copied.
 
     Raises:
         OSError: the store or the disk does not answer, which says nothing of the checkpoint.
@@ -84,18 +94,20 @@ def whole_step(filesystem: pyarrow.fs.FileSystem, folder: str, name: str) -> int
             pyarrow.fs.copy_files(f"{folder}/{name}", scratch, source_filesystem=filesystem)
         except FileNotFoundError:
             return None
+        has_bundle = (Path(scratch) / "bundle").is_dir()
         try:
             state = torch.load(Path(scratch) / "state.pt", map_location="cpu", weights_only=True)
             rows = (Path(scratch) / "log.csv").read_text(encoding="utf-8").splitlines()
-            if (Path(scratch) / "bundle").is_dir():
+            if has_bundle:
                 load_bundle(Path(scratch) / "bundle")
         except Exception:  # what torch's unpickler says of damage has no base of its own
             return None
-        beside = f"{folder.rpartition('/')[0]}/{FOLDER}"
-        needed = [] if state["population"] else [f"{beside}/{file_name(taken)}" for taken in state["snapshots"]]
-        if any(info.type != pyarrow.fs.FileType.File for info in filesystem.get_file_info(needed)):
-            return None
-        return int(state["step"]) if len(rows) == int(state["step"]) + 1 else None
+    if len(rows) != int(state["step"]) + 1:
+        return None
+    beside = f"{folder.rpartition('/')[0]}/{FOLDER}"
+    needed = [] if state["population"] else [f"{beside}/{file_name(taken)}" for taken in state["snapshots"]]
+    there = all(info.type == pyarrow.fs.FileType.File for info in filesystem.get_file_info(needed))
+    return Found(int(state["step"]), resumable=there, has_bundle=has_bundle)
 
 
 def _index_of(whole: Sequence[tuple[str, int, dict[str, float]]]) -> dict[str, Any]:

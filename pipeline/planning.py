@@ -6,7 +6,6 @@ import argparse
 import csv
 import io
 import json
-import math
 import re
 import statistics
 from pathlib import Path
@@ -26,6 +25,8 @@ from pipeline.validation import NEED_BOXES, NEED_MASKS
 from pipeline.weights import is_weight_file, read_state_dict
 
 LARGEST_DEFAULT = 224
+MOST = 2**31 - 1
+"""No number of a command line is larger."""
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
@@ -115,8 +116,10 @@ def check_ranges(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and value < smallest:
             raise UsageError(f"--{name.replace('_', '-')} {value}: give a number of at least {smallest}")
-    if not (math.isfinite(arguments.epochs) and arguments.epochs > 0):
-        raise UsageError(f"--epochs {arguments.epochs:g}: give a number above 0")
+        if value is not None and value > MOST:
+            raise UsageError(f"--{name.replace('_', '-')} {value}: give a number of at most {MOST}")
+    if not 0 < arguments.epochs <= MOST:
+        raise UsageError(f"--epochs {arguments.epochs:g}: give a number above 0 and of at most {MOST}")
 
 
 def validation_interval(arguments: argparse.Namespace, split: Split, batch: int) -> tuple[float | None, int | None]:

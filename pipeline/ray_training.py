@@ -28,11 +28,11 @@ from pipeline.data import store
 from pipeline.errors import UsageError, WorkError
 from pipeline.placement import machines, place
 from pipeline.reservation import Reservation
-from pipeline.run_folder import claim_run, keep_weights, open_storage, publish, upload
+from pipeline.run_folder import claim_run, keep_weights, open_storage, publish, upload, weights_here
 from pipeline.time_left import TimeLeft
 from pipeline.tracking import Server, Tracking, chosen_server
 from pipeline.training import TrainingPlan
-from pipeline.validation import LEAST, LOWER_IS_BETTER, SCORE, collect, judged, record_of, validate
+from pipeline.validation import LEAST, LOWER_IS_BETTER, SCORE, forget, judged, record_of, validate
 from pipeline.weights import is_weight_file
 
 STORAGE_NAME = "checkpoints"
@@ -104,7 +104,7 @@ class RayReporter:
             self.asked = (row["step"], time.monotonic())
             if ray.train.get_context().get_world_rank() == 0:
                 # Of the same step before a restart: it would say that this validation has ended.
-                store.delete(record_of(str(self.run), row["step"]))
+                forget(str(self.run), row["step"])
         with tempfile.TemporaryDirectory() as folder:
             checkpoint = None
             if ray.train.get_context().get_world_rank() == 0:
@@ -178,23 +178,27 @@ def fit(
     if "://" not in out:
         out = str(Path(out).resolve())  # workers have working directories of their own
     filesystem, root = open_storage(out)
-    known_as = plan.weights
-    with answering_store(out):
+    with contextlib.ExitStack() as stack:
+        weights, known_as = None, plan.weights
         if plan.weights is not None and is_weight_file(plan.weights):
-            kept, known_as = keep_weights(plan.weights, filesystem, root, out)
-            plan = replace(plan, weights=kept)
+            weights, known_as = stack.enter_context(weights_here(plan.weights))
         claim_run(filesystem, root, plan.fields() | {"weights": known_as})
-        mended = mend_index(filesystem, f"{root}/{STORAGE_NAME}", lambda step: judged(out, step, select))
-        if mended is not None:
-            print(mended, flush=True)
-        failures.forget(out)
+        with answering_store(out):
+            if weights is not None and known_as is not None:
+                plan = replace(plan, weights=keep_weights(weights, known_as, filesystem, root, out))
+            mended = mend_index(filesystem, f"{root}/{STORAGE_NAME}", lambda step: judged(out, step, select))
+            failures.forget(out)
+    if mended is not None:
+        print(mended, flush=True)
     if not ray.is_initialized():
         join_cluster()
     resources = ray.cluster_resources()
     use_gpu = gpu == "yes" or (gpu == "auto" and resources.get("GPU", 0) >= 1)
     most = workers if isinstance(workers, int) else workers[1]
     least = workers if isinstance(workers, int) else workers[0]
-    found = None if cpus_per_worker is not None and gpu != "auto" else machines()
+    # A cluster that was joined may still grow; one of this command's own is this machine.
+    may_grow = cpus_per_worker is not None and gpu != "auto" and not own_cluster()
+    found = None if may_grow else machines()
     cpus = place(found, (least, most), gpu=use_gpu, cpus=cpus_per_worker)
     server = chosen_server()
     fields = plan.fields() | {"threads": cpus, "run": out, "mlflow": asdict(server) if server is not None else None}
@@ -253,7 +257,6 @@ def fit(
     with answering_store(out):
         with result.checkpoint.as_directory() as folder:
             upload(Path(folder) / "log.csv", filesystem, f"{root}/log.csv")
-        collect(out)
         chosen = result.checkpoint if select is None else best_of(result.best_checkpoints or [], select, out)
         with chosen.as_directory() as folder:
             if not (Path(folder) / "bundle").is_dir():
@@ -301,13 +304,19 @@ def run_to_end(trainer: TorchTrainer) -> ray.train.Result:
         raise
 
 
-def leave() -> None:
-    """End the process at once, and with it the cluster that it started: its workers would train on without anybody."""
+def own_cluster() -> Any:
+    """The head node that this process started; none in a cluster that it joined."""
     from ray._private import worker as ray_worker
 
     node = ray_worker._global_node
+    return node if node is not None and node.is_head() else None
+
+
+def leave() -> None:
+    """End the process at once, and with it the cluster that it started: its workers would train on without anybody."""
     try:
-        if node is not None and node.is_head():
+        node = own_cluster()
+        if node is not None:
             node.kill_all_processes(check_alive=False, allow_graceful=False)
     finally:
         os._exit(INTERRUPTED)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow.fs
 
 from pipeline.bundle import SAMPLES_FILE
+from pipeline.data import store
 from pipeline.errors import UsageError
 from pipeline.training import TrainingPlan, complete_bundle
+from pipeline.weights import fetched
 
 PLAN_FILE = "plan.json"
 MAY_CHANGE = ("steps", "budget", "threads", "checkpoint_seconds", "validate_seconds", "validate_steps", "precision")
@@ -27,6 +30,12 @@ WEIGHTS = "weights"
 
 def open_storage(out: str) -> tuple[pyarrow.fs.FileSystem, str]:
     """The file system of a path or URI, and the path in it."""
+    odd = [mark for mark in "?%@" if mark in out] if "://" in out else []
+    if odd:  # the libraries that read and write a run take these for different things
+        raise UsageError(
+            f"--out {out}: a URI of a run holds no {odd[0]!r}; give s3://bucket/run, and the store's address and keys in "
+            "AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )
     try:
         if "://" in out:
             return pyarrow.fs.FileSystem.from_uri(out)
@@ -78,22 +87,32 @@ def read_plan(data: bytes, path: str) -> dict[str, Any]:
     return found
 
 
-def keep_weights(weights: str, filesystem: pyarrow.fs.FileSystem, root: str, out: str) -> tuple[str, str]:
-    """Copy the weights file of this machine into the run's folder, where all workers find it and every resumed run will.
+@contextlib.contextmanager
+def weights_here(weights: str) -> Iterator[tuple[Path, str]]:
+    """The file of a classifier's weights on this machine, fetched where ``weights`` is a URI, and what it is known by: its
+    content, for the file may be called otherwise or be gone when the run goes on.
 
-    Returns its place there, and what it is known by: its content, for the file itself may be called otherwise next time.
-    A URI is its own place and name.
+    Raises:
+        UsageError: it cannot be read.
     """
-    if "://" in weights:
-        return weights, weights
-    with Path(weights).open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    name = f"{WEIGHTS}-{digest[:16]}{Path(weights).suffix}"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(weights)
+        if store.is_remote(weights):
+            path = fetched(store.place_of(weights), Path(folder))
+        with path.open("rb") as file:
+            yield path, f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+
+
+def keep_weights(file: Path, known_as: str, filesystem: pyarrow.fs.FileSystem, root: str, out: str) -> str:
+    """Copy a file of weights into the run's folder, where all workers find it; returns its place there.
+
+    ``known_as``: what `weights_here` says of it.
+    """
+    name = f"{WEIGHTS}-{known_as.removeprefix('sha256:')[:16]}{file.suffix}"
     there = filesystem.get_file_info(f"{root}/{name}")
-    if there.type != pyarrow.fs.FileType.File or there.size != Path(weights).stat().st_size:
-        filesystem.create_dir(root, recursive=True)
-        upload(Path(weights), filesystem, f"{root}/{name}")
-    return f"{out.rstrip('/')}/{name}", f"sha256:{digest}"
+    if there.type != pyarrow.fs.FileType.File or there.size != file.stat().st_size:
+        upload(file, filesystem, f"{root}/{name}")
+    return f"{out.rstrip('/')}/{name}"
 
 
 def listing_hash(paths: Sequence[str], labels: Sequence[int]) -> str:
@@ -124,9 +143,11 @@ def publish(checkpoint: Path, plan: TrainingPlan, filesystem: pyarrow.fs.FileSys
             partial.replace(target)
         else:
             # Object stores have no rename of folders; model.json goes last, and without it a folder is no bundle.
-            if filesystem.get_file_info(f"{target}/model.json").type == pyarrow.fs.FileType.File:
-                filesystem.delete_file(f"{target}/model.json")
             filesystem.create_dir(target, recursive=True)
+            if filesystem.get_file_info(f"{target}/model.json").type == pyarrow.fs.FileType.File:
+                write_whole(
+                    filesystem, f"{target}/model.json", b""
+                )  # of the bundle before; who may write may not delete
             for file in sorted(bundle.iterdir(), key=lambda file: file.name == "model.json"):
                 upload(file, filesystem, f"{target}/{file.name}")
 

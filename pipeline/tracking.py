@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
+import re
 import sys
 import time
 from collections.abc import Mapping
@@ -18,6 +20,12 @@ SPACING = 1.0
 """Seconds between two steps whose figures are sent; quicker steps are left out."""
 LARGEST = 1000
 """Figures of one request, which is as many as MLflow takes."""
+PAUSE = 600.0
+"""Seconds for which a server that did not answer is left alone: the other workers wait while it is asked."""
+PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+"""MLflow's own variables, where the user has not set them: it would try for 20 minutes."""
+SECRET = re.compile(r"//[^/@\s]+@")
+"""User and password in a URI."""
 PARAMETERS = ("preset", "name", "weights", "steps", "budget", "batch_size", "seed", "input_size", "settings")
 """Fields of the plan that the server is told."""
 
@@ -51,8 +59,10 @@ class Tracking:
     def __init__(self, server: Server, run: str, plan: Mapping[str, Any]) -> None:
         """``plan``: fields of the `TrainingPlan`."""
         self._waiting: list[tuple[int, str, float, int]] = []
-        self._last = -SPACING
+        self._last = self._asked = -math.inf
         self._client: Any = None
+        for name, value in PATIENCE.items():
+            os.environ.setdefault(name, value)
         try:
             from mlflow.tracking import MlflowClient
 
@@ -64,8 +74,15 @@ class Tracking:
             self._say(error)
 
     def _known(self, client: Any, run: str) -> str | None:
+        from mlflow.exceptions import MlflowException
+
         noted = store.read_optional(store.join(store.place_of(run), ID_FILE))
-        return client.get_run(noted.decode()).info.run_id if noted else None
+        try:
+            return client.get_run(noted.decode()).info.run_id if noted else None
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":  # deleted, or known to another server
+                return None
+            raise
 
     def _new(self, client: Any, server: Server, run: str, plan: Mapping[str, Any]) -> str:
         from mlflow.entities import Param
@@ -88,7 +105,9 @@ class Tracking:
                 self._waiting.append((now, name, float(value), step))
 
     def flush(self) -> None:
-        """Send what there is."""
+        """Send what there is; to a server that has not answered lately, nothing, and what there is is dropped."""
+        if time.monotonic() - self._asked < PAUSE:
+            self._waiting.clear()
         while self._client is not None and self._waiting:
             from mlflow.entities import Metric
 
@@ -102,7 +121,7 @@ class Tracking:
     def close(self) -> None:
         """Send everything, and say that the run has ended."""
         self.flush()
-        if self._client is None:
+        if self._client is None or time.monotonic() - self._asked < PAUSE:
             return
         try:
             self._client.set_terminated(self._id)
@@ -110,4 +129,7 @@ class Tracking:
             self._say(error)
 
     def _say(self, error: Exception) -> None:
-        print(f"figures do not reach MLflow: {' '.join(str(error).split())[:200]}", file=sys.stderr)
+        self._asked = time.monotonic()
+        self._waiting.clear()
+        reason = SECRET.sub("//", " ".join(str(error).split()))
+        print(f"figures do not reach MLflow: {reason[:200]}", file=sys.stderr)

@@ -5,6 +5,7 @@ Every validated checkpoint leaves ``RUN/validation/<step>.json``, and ``RUN/vali
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.data import folders, store
+from pipeline.errors import WorkError
 
 if TYPE_CHECKING:
     from ray.train import Checkpoint
@@ -56,7 +58,8 @@ def validate(
     board.add(step, figures)
     board.close()
     store.write_bytes(record_of(run, step), (json.dumps(record) + "\n").encode())
-    collect(run)
+    with contextlib.suppress(store.ReadError, WorkError):  # the table is made again with the next one
+        collect(run)
     return scored(figures, select)
 
 
@@ -72,6 +75,14 @@ def judged(run: str, step: int, select: str | None) -> dict[str, float]:
     data = store.read_optional(record_of(run, step))
     found = json.loads(data) if data else {}
     return scored({name: found[name] for name in KEPT if name in found}, select)
+
+
+def forget(run: str, step: int) -> None:
+    """Remove the record of a validation, if there is one; where nothing may be removed it stays."""
+    place = record_of(run, step)
+    with contextlib.suppress(store.ReadError, WorkError):
+        if store.exists(place):
+            store.delete(place)
 
 
 def record_of(run: str, step: int) -> str:

@@ -40,7 +40,13 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         StoreError: the object store does not answer.
     """
     if store.is_remote(str(path)):
-        return _fetched(store.place_of(str(path)))
+        place = store.place_of(str(path))
+        with tempfile.TemporaryDirectory() as folder:
+            here = fetched(place, Path(folder))
+            try:
+                return {name: value.clone() for name, value in read_state_dict(here).items()}
+            except UsageError as error:
+                raise UsageError(str(error).replace(str(here), place)) from error
     path = Path(path)
     if not path.is_file():
         raise UsageError(f"--weights {path}: no such file; give a .safetensors or .pt state dict")
@@ -63,19 +69,19 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     return {name.removeprefix("module."): value for name, value in loaded.items()}
 
 
-def _fetched(place: str) -> dict[str, Tensor]:
-    """The state dict of an object in a store, by way of a file here that is gone afterwards."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"weights{Path(place).suffix}"
-        try:
-            path.write_bytes(store.read_bytes(place, most=MOST_BYTES))
-            return {name: value.clone() for name, value in read_state_dict(path).items()}
-        except store.ReadError as error:
-            raise UsageError(
-                f"--weights {place}: cannot be read ({error}); check the name and the permissions"
-            ) from error
-        except UsageError as error:
-            raise UsageError(str(error).replace(str(path), place)) from error
+def fetched(place: str, folder: Path) -> Path:
+    """A file in ``folder`` with the content of an object.
+
+    Raises:
+        UsageError: there is none, or it is not allowed.
+        StoreError: the store does not answer.
+    """
+    path = folder / f"weights{Path(place).suffix}"
+    try:
+        path.write_bytes(store.read_bytes(place, most=MOST_BYTES))
+    except store.ReadError as error:
+        raise UsageError(f"--weights {place}: cannot be read ({error}); check the name and the permissions") from error
+    return path
 
 
 def load_weights(classifier: nn.Module, state: Mapping[str, Tensor], *, where: str) -> list[str]:

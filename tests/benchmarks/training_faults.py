@@ -84,7 +84,7 @@ def measure(flags: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return {
         "steps": flags.steps,
         "every_step_once": sorted(two) == list(range(1, flags.steps + 1)) == sorted(one),
-        "no_step_taken_again": all(final[: len(lines)] == lines for lines in kept),
+        "no_step_taken_again": any(kept) and all(final[: len(lines)] == lines for lines in kept),
         "events": dict(Counter(kind for _, kind in events)),
         "kills": sum(kind in KILLS for _, kind in events),
         "kills_asked": flags.kills,

@@ -8,13 +8,15 @@ from collections.abc import Callable, Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
+from onnx import helper, numpy_helper
 
 from export import precision, trt
 from export.gate_images import GateImages, from_samples
 from export.precision import Rewriter, products, use_modelopt
-from export.quantise import quantise, quantised_products
+from export.quantise import _restore_activations, quantise, quantised_products
 from export.source import Source, from_graph
 from pipeline.errors import UsageError, WorkError
 
@@ -127,3 +129,17 @@ def test_what_modelopt_raises_is_one_line(source, images, modelopt):
     modelopt.make = fail
     with pytest.raises(WorkError, match=r"ModelOpt cannot quantise the graph to fp8 \(no such node\); use --quantiser"):
         Rewriter(source.model, "fp8", calibration=images, quantiser="modelopt").rewrite()
+
+
+@pytest.mark.parametrize("bounds, within", [(("low", ""), True), (("", "high"), False), (("low", "high"), False)])
+def test_a_clip_with_one_bound_is_put_back_too(bounds, within):
+    """ONNX Runtime leaves any Clip to the range behind it; the range is that of the Clip where it lies within its bounds."""
+    constants = [numpy_helper.from_array(np.float32(value), name) for name, value in (("low", 0), ("high", 6))]
+    clip = helper.make_node("Clip", ["x", *bounds], ["y"], name="clip")
+    original = helper.make_model(
+        helper.make_graph([helper.make_node("Neg", ["a"], ["x"]), clip], "g", [], [], initializer=constants)
+    )
+    nodes = [helper.make_node("Neg", ["a"], ["y"])]
+    read = _restore_activations(nodes, {"y": (0.0, 9.0)}, original, set())
+    assert [node.op_type for node in nodes] == (["Neg", "Clip"] if within else ["Neg"])
+    assert read == ({"low"} if within else set())

@@ -46,7 +46,18 @@ def test_samples_that_ranges_were_measured_on_do_not_judge_them(source, bundle, 
 def test_images_that_have_to_do_for_both_are_said_to(source, bundle):
     images, notes = judging_images(source, Judging(images=6), from_samples(bundle.samples, len(bundle.samples)))
     assert len(images.images) == 6
-    assert notes == ["judged on images that it was calibrated on too: give --parity-data others"]
+    assert notes == ["judged on images of which 6 of 6 were calibrated on too: give --parity-data others"]
+
+
+def test_a_handful_that_was_not_calibrated_on_is_too_few_to_judge_by(source, bundle):
+    """Where a folder is hardly larger than what was calibrated on, all of it judges, and that is said."""
+    samples = bundle.samples
+    most = len(samples) - len(samples) // 4
+    images, notes = judging_images(source, Judging(images=len(samples)), from_samples(samples, most))
+    assert len(images.images) == len(samples)
+    assert notes == [
+        f"judged on images of which {most} of {len(samples)} were calibrated on too: give --parity-data others"
+    ]
 
 
 def test_images_that_are_missing_are_not_blamed_on_a_bundle_that_was_not_given(exported, tmp_path, complaint):

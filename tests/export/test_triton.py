@@ -134,6 +134,20 @@ def test_a_folder_is_replaced_whole(plan, engine, exported, tmp_path):
     assert [path.name for path in repository.iterdir()] == ["model"]
 
 
+def test_what_a_killed_export_left_goes_and_what_others_wrote_stays(plan, engine, tmp_path):
+    """A server that looks into the repository sees no second model, and no version but 1, at any moment."""
+    repository = tmp_path / "models"
+    folder = write_model_folder(repository, engine, plan)
+    left = folder / f"{triton._STAGING}0123"
+    (left / "1").mkdir(parents=True)
+    (left / "1" / "model.plan").write_bytes(b"half")
+    write_model_folder(repository, engine, plan)
+    assert not left.exists() and not list(folder.glob(".*"))
+    (folder / "2").mkdir()
+    with pytest.raises(UsageError, match="holds 2, which is none of ours"):
+        write_model_folder(repository, engine, plan)
+
+
 def test_a_folder_that_cannot_be_written_stays_as_it_was(plan, engine, tmp_path, monkeypatch):
     repository = tmp_path / "models"
     folder = write_model_folder(repository, engine, plan)

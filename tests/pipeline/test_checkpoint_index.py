@@ -106,12 +106,18 @@ def test_a_store_that_does_not_answer_says_nothing_of_a_checkpoint(run: Path, mo
     assert (run / INDEX_FILE).read_text() == "{", "not a run that begins anew"
 
 
-def test_checkpoints_that_were_judged_stay_in_the_list(run: Path) -> None:
-    """`--select` keeps the best one, which need not be the newest; the newest is what the run goes on from."""
+def test_checkpoints_that_were_judged_stay_in_the_list(run: Path, monkeypatch) -> None:
+    """`--select` keeps the best one, which need not be the newest, nor have snapshots to go on with; the newest has."""
+    monkeypatch.setattr("pipeline.bundle.load_bundle", lambda path: None)
+    for name in ("checkpoint_1", "checkpoint_2"):
+        (run / name / "bundle").mkdir()
+    (run.parent / "population" / "000000009.pt").unlink()  # of checkpoint_1, which nobody goes on from any more
     (run / INDEX_FILE).write_text("{")
-    figures = {10: {"LE": 0.3, SCORE: -0.3}, 20: {"LE": 0.5, SCORE: -0.5}}
+    figures = {10: {"LE": 0.3, SCORE: -0.3}, 20: {"LE": 0.5, SCORE: -0.5}, 30: {"LE": 0.1, SCORE: -0.1}}
     assert "going on from checkpoint_3" in str(mend_index(FILES, str(run), lambda step: figures.get(step, {})))
-    assert chosen(run) == ["checkpoint_3", "checkpoint_2", "checkpoint_1"], "the best last"
+    assert chosen(run) == ["checkpoint_3", "checkpoint_2", "checkpoint_1"], (
+        "the best last; 3 has no bundle to be judged"
+    )
     written = json.loads((run / INDEX_FILE).read_text())
     assert written["latest_checkpoint_result"]["checkpoint_dir_name"] == "checkpoint_3"
     assert written["checkpoint_report_indices"] == [2, 1, 0] and written["current_report_index"] == 3

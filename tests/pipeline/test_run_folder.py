@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,9 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline import run_folder
+from pipeline.data import store
 from pipeline.errors import UsageError
-from pipeline.run_folder import PLAN_FILE, claim_run, keep_weights, open_storage
+from pipeline.run_folder import PLAN_FILE, claim_run, keep_weights, open_storage, weights_here
 from pipeline.step_log import COLUMNS, StepLog
 
 FILES = pyarrow.fs.LocalFileSystem()
@@ -57,16 +59,24 @@ def test_weights_move_into_the_run_and_are_known_by_their_content(tmp_path: Path
     second.parent.mkdir()
     shutil.copyfile(first, second)
     out = str(tmp_path / "run")
-    place, known = keep_weights(str(first), FILES, out, out)
+    (tmp_path / "run").mkdir()
+
+    def keep(weights: object) -> tuple[str, str]:
+        with weights_here(str(weights)) as (file, known):
+            return keep_weights(file, known, FILES, out, out), known
+
+    place, known = keep(first)
     assert Path(place).read_bytes() == first.read_bytes() and Path(place).suffix == ".safetensors"
-    assert keep_weights(str(second), FILES, out, out) == (place, known)
+    assert keep(second) == (place, known)
     Path(place).write_bytes(b"cut off")
-    keep_weights(str(second), FILES, out, out)
+    keep(second)
     assert Path(place).read_bytes() == first.read_bytes()
     save_file({"a": torch.arange(4.0)}, second)
-    other, known_other = keep_weights(str(second), FILES, out, out)
+    other, known_other = keep(second)
     assert other != place and known_other != known and known.startswith("sha256:")
-    assert keep_weights("s3://bucket/w.pt", FILES, out, out) == ("s3://bucket/w.pt", "s3://bucket/w.pt")
+    memory = f"memory://weights/{uuid.uuid4().hex}.safetensors"  # an object store is one more place to read it from
+    store.write_bytes(memory, first.read_bytes())
+    assert keep(memory) == (place, known)
 
 
 def test_a_bundle_that_is_published_again_is_none_in_between(tmp_path: Path, monkeypatch) -> None:
@@ -77,23 +87,29 @@ def test_a_bundle_that_is_published_again_is_none_in_between(tmp_path: Path, mon
         (checkpoint / "bundle" / name).write_text(f"new {name}")
     (root / "bundle").mkdir(parents=True)
     (root / "bundle" / "model.json").write_text("old")
-    store = pyarrow.fs.SubTreeFileSystem(str(root), FILES)  # not a local one by its type, as object stores
+    remote = pyarrow.fs.SubTreeFileSystem(str(root), FILES)  # not a local one by its type, as object stores
     states: list[bool] = []
     upload = run_folder.upload
 
     def watched(file: Path, filesystem: pyarrow.fs.FileSystem, target: str) -> None:
-        states.append((root / "bundle" / "model.json").exists())
+        states.append((root / "bundle" / "model.json").read_text() != "")
         upload(file, filesystem, target)
 
     monkeypatch.setattr(run_folder, "upload", watched)
-    run_folder.publish(checkpoint, None, store, "")  # pyright: ignore[reportArgumentType]  asked for samples only
+    run_folder.publish(checkpoint, None, remote, "")  # pyright: ignore[reportArgumentType]  asked for samples only
     assert states == [False, False, False]
     assert (root / "bundle" / "model.json").read_text() == "new model.json"
 
 
-def test_storage_that_is_none(tmp_path: Path) -> None:
+def test_storage_that_is_none() -> None:
     with pytest.raises(UsageError, match="--out nostore://x"):
         open_storage("nostore://x")
+
+
+@pytest.mark.parametrize("out", ["s3://b/r?endpoint_override=h", "s3://key:secret@b/r", "s3://b/my%20run"])
+def test_what_libraries_read_in_different_ways_is_refused(out: str) -> None:
+    with pytest.raises(UsageError, match=r"holds no '[?@%]'.*AWS_ENDPOINT_URL"):
+        open_storage(out)
 
 
 def test_the_log_goes_on_where_it_ended(tmp_path: Path) -> None:

@@ -60,6 +60,37 @@ def test_a_server_that_is_away_costs_no_run(tmp_path: Path, capsys: pytest.Captu
     assert capsys.readouterr().err.startswith("figures do not reach MLflow: ")
 
 
+def test_a_server_that_stops_answering_is_left_alone(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever sends keeps the other workers waiting."""
+    monkeypatch.setattr(tracking, "SPACING", 0.0)
+    here = Tracking(server, str(tmp_path / "run"), PLAN)
+    asked: list[int] = []
+
+    def away(*_: object, **__: object) -> None:
+        asked.append(1)
+        raise OSError("API request to http://me:secret@host/api failed")
+
+    monkeypatch.setattr(here._client, "log_batch", away)
+    for step in range(3000):
+        here.add(step, {"train/loss": 1.0})
+    here.flush()
+    here.add(3000, {"train/loss": 1.0})
+    here.flush()
+    here.close()
+    said = capsys.readouterr().err
+    assert len(asked) == 1 and "secret" not in said and "http://host/api" in said
+
+
+def test_a_run_that_the_server_has_forgotten_is_made_anew(server: Server, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / tracking.ID_FILE).write_text("0123456789abcdef0123456789abcdef")
+    Tracking(server, str(run), PLAN).close()
+    assert (run / tracking.ID_FILE).read_text() != "0123456789abcdef0123456789abcdef"
+
+
 def test_without_a_server_or_the_library_nothing_is_sent(monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     assert chosen_server() is None

@@ -68,7 +68,17 @@ def test_a_run_that_goes_on_hides_what_it_takes_back(tmp_path: Path) -> None:
 def test_the_best_checkpoint_becomes_the_bundle(tmp_path: Path) -> None:
     data, out = tmp_path / "data", tmp_path / "run"
     write_planted(data, seed=0, size=48, per_class_train=4, per_class_val=2)
-    command = [sys.executable, "-m", "pipeline.train", "--data", str(data), "--out", str(out), "--init", "resnet18"]
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline.train",
+        "--data",
+        str(data),
+        "--out",
+        str(out),
+        "--init",
+        "timm:test_resnet",
+    ]
     command += ["--image-size", "48", "--batch-size", "8", "--steps", "32", "--set", "pretraining=0.2"]
     command += ["--validate-every", "epoch", "--checkpoint-every", "1s", "--validation-images", "16", "--select", "LE"]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600, check=False)
