@@ -155,8 +155,11 @@ def test_float32_is_float32_in_torch_while_an_engine_runs(bundle, monkeypatch):
     assert before[0] == "tf32", "torch's default, without which there is nothing to test"
     engine._graph.register_forward_hook(lambda *_: seen.append(flags()))  # pyright: ignore[reportAttributeAccessIssue]
     engine.infer(bundle.samples[:1])
-    engine.tensors(torch.from_numpy(bundle.samples[:1]))
-    assert seen == [("ieee", "ieee")] * 2 and flags() == before
+    assert seen == [before], "a CPU has no other float32"
+    monkeypatch.setattr(engine, "_device", torch.device("cuda"))
+    for _ in range(2):
+        engine._run(torch.from_numpy(bundle.samples[:1]))  # pyright: ignore[reportAttributeAccessIssue]
+    assert seen[1:] == [("ieee", "ieee")] * 2 and flags() == before
 
 
 def test_a_bundles_copies_to_and_from_a_gpu_are_pinned_and_what_is_returned_is_not(bundle, monkeypatch):
